@@ -1,0 +1,152 @@
+"""Records that cross module borders. Plain containers: no behaviour, no jax import.
+
+Dimension letters: B batch, T time, P prompts, G group size, V vocabulary.
+A record of arrays is a pytree (NamedTuple); a record of the host is a frozen dataclass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+Array = Any  # numpy.ndarray on the host, jax.Array on the device.
+Params = Mapping[str, Any]
+
+
+class Mean(NamedTuple):
+  """A mean not yet divided: totals and counts add over microbatches, devices and hosts."""
+
+  total: Array
+  count: Array
+
+
+class Max(NamedTuple):
+  """A metric whose parts combine by maximum."""
+
+  value: Array
+
+
+class Batch(NamedTuple):
+  """Packed next-token examples; every field is [B, T].
+
+  inputs/targets are already shifted (only `data.packing` shifts). loss_mask is 1 where the target is supervised.
+  positions restart at 0 in every segment. segment_ids count from 1 within a row; 0 is padding.
+  """
+
+  inputs: Array
+  targets: Array
+  loss_mask: Array
+  positions: Array
+  segment_ids: Array
+
+
+class Rollouts(NamedTuple):
+  """Completions of the student, one a row, as a batch with what on-policy objectives need.
+
+  batch: fields [B, T]; loss_mask is 1 on tokens that the model sampled.
+  sampler_logprobs, old_logprobs, advantages, reference_logprobs: [B, T]. rewards, valid, group: [B].
+  valid is 0 where a completion cannot be scored; group numbers the prompts. Unused fields are None.
+  """
+
+  batch: Batch
+  sampler_logprobs: Array
+  advantages: Array | None = None
+  rewards: Array | None = None
+  valid: Array | None = None
+  group: Array | None = None
+  old_logprobs: Array | None = None
+  reference_logprobs: Array | None = None
+  values: Array | None = None
+  returns: Array | None = None
+
+
+class TrainState(NamedTuple):
+  """step: int32 scalar; params: {'model': ..., 'projectors': ...}; opt_state: optax; ema: like params, or None."""
+
+  step: Array
+  params: Params
+  opt_state: Any
+  ema: Params | None = None
+
+
+class Objective(NamedTuple):
+  """What a recipe minimises.
+
+  terms(params, batch, frozen, rng) -> ({term: (weight, total)}, {metric: Mean | Max}).
+  denominators(batch) -> {term: count}, from masks alone, on the global batch.
+  The loss is the sum over terms of weight * total / count.
+  resolved: what a run prints at its start (estimator, denominator, mask rule, temperature).
+  """
+
+  terms: Callable[..., tuple[dict[str, tuple[Any, Any]], dict[str, Mean | Max]]]
+  denominators: Callable[[Any], dict[str, Array]]
+  resolved: Mapping[str, Any]
+
+
+class Source(NamedTuple):
+  """Where batches come from.
+
+  next(params, step) -> Batch | Rollouts; a data set ignores params, a rollout source samples with them
+  and keeps no reference to them past the call.
+  get_state() -> JSON-serialisable cursor; set_state(state) restores it exactly.
+  """
+
+  next: Callable[[Params, int], Any]
+  get_state: Callable[[], Any]
+  set_state: Callable[[Any], None]
+
+
+class Recipe(NamedTuple):
+  """A recipe = objective + source + frozen models ({name: (TransformerConfig, params)}) + extra parameters.
+
+  extra_params(rng) -> {'projectors': ...}: parameters trained beside the model; None where there are none.
+  """
+
+  objective: Objective
+  source: Source
+  frozen: Mapping[str, tuple[Any, Params]]
+  extra_params: Callable[[Array], Params] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """One problem of a task.
+
+  answer: canonical string. rationale: worked solution, one step a line, without the final answer line.
+  metadata: whatever the task's grader needs, plus 'steps' (number of reasoning steps) where known.
+  """
+
+  id: str
+  question: str
+  answer: str
+  rationale: str | None = None
+  metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+  """One sampled completion of one prompt.
+
+  tokens: sampled ids, with the end-of-text id when it was sampled. logprobs: same length, at the sampling temperature,
+  before top-k / top-p truncation. finished: False where the length limit cut it.
+  """
+
+  prompt_id: str
+  sample: int
+  text: str
+  tokens: tuple[int, ...]
+  logprobs: tuple[float, ...]
+  finished: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+  """How to sample. temperature 0 is greedy; top_k 0 and top_p 1 switch the truncations off."""
+
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+  max_new_tokens: int = 128
+  samples: int = 1
+  seed: int = 0
