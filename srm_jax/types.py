@@ -7,7 +7,7 @@ A record of arrays is a pytree (NamedTuple); a record of the host is a frozen da
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 Array = Any  # numpy.ndarray on the host, jax.Array on the device.
@@ -124,20 +124,42 @@ class Problem:
   metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+class Prompt(NamedTuple):
+  """What a completion continues. The id seeds its sampling, whatever batch it lands in."""
+
+  id: str
+  text: str
+
+
+class Spent(NamedTuple):
+  """Tokens that one answer cost: prefilled and sampled by the student, scored by another model."""
+
+  prefilled: int = 0
+  sampled: int = 0
+  scored: int = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Completion:
   """One sampled completion of one prompt.
 
-  tokens: sampled ids, with the end-of-text id when it was sampled. logprobs: same length, at the sampling temperature,
-  before top-k / top-p truncation. finished: False where the length limit cut it.
+  prompt: the text that it continues, with whatever a strategy added to it. tokens: sampled ids, with the end-of-text id
+  when it was sampled. logprobs: same length, at the sampling temperature, before top-k / top-p truncation.
+  finished: False where the length limit cut it. spent: all tokens behind it, discarded siblings included.
   """
 
-  prompt_id: str
+  prompt: Prompt
   sample: int
   text: str
+  prompt_tokens: tuple[int, ...]
   tokens: tuple[int, ...]
   logprobs: tuple[float, ...]
   finished: bool
+  spent: Spent = Spent()
+
+
+# (prompts, sampling) -> one list of `sampling.samples` completions a prompt. Strategies map Generate to Generate.
+Generate = Callable[[Sequence[Prompt], 'SamplingParams'], list[list[Completion]]]
 
 
 @dataclasses.dataclass(frozen=True)

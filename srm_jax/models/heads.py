@@ -1,0 +1,23 @@
+"""What reads hidden states: the unembedding, and projectors between widths."""
+
+import jax
+import jax.numpy as jnp
+
+from srm_jax.models.config import TransformerConfig
+from srm_jax.types import Params
+
+
+def unembedding(params: Params) -> jax.Array:
+  """The [D, V] matrix from hidden states to logits (the transposed embedding where the head is tied)."""
+  return params['head'] if 'head' in params else params['embedding'].T
+
+
+def logits(config: TransformerConfig, params: Params, hidden: jax.Array) -> jax.Array:
+  """hidden [..., D] -> float32 logits [..., V]; the product runs in the compute dtype."""
+  kernel = unembedding(params).astype(config.dtype)
+  return jnp.matmul(hidden.astype(config.dtype), kernel, preferred_element_type=jnp.float32)
+
+
+def init_projector(rng: jax.Array, student_dim: int, teacher_dim: int) -> jax.Array:
+  """A [Ds, Dt] matrix that keeps the scale of unit-variance features."""
+  return jax.random.normal(rng, (student_dim, teacher_dim), jnp.float32) / jnp.sqrt(student_dim)

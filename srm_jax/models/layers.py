@@ -1,0 +1,102 @@
+"""Parameterised pieces of a block: projections, RMS norm, rotary embedding, gated MLP."""
+
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from srm_jax.models.config import TransformerConfig
+from srm_jax.sharding import constrain
+
+
+def _fan_in(fan_in: int):
+  return nn.initializers.normal(stddev=1.0 / math.sqrt(fan_in))
+
+
+class Projection(nn.Module):
+  """y = x W (+ b), contracting the last `contract` axes of x with the first `contract` axes of W.
+
+  shape and axes describe W; W is stored in param_dtype and multiplied in dtype.
+  """
+
+  config: TransformerConfig
+  shape: Sequence[int]
+  axes: Sequence[str]
+  contract: int = 1
+  bias: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    fan_in = math.prod(self.shape[: self.contract])
+    kernel = self.param(
+        'kernel', nn.with_logical_partitioning(_fan_in(fan_in), tuple(self.axes)), tuple(self.shape),
+        jnp.dtype(self.config.param_dtype),
+    )
+    # One two-dimensional product: backends are at their best there, and the reshapes are free.
+    flat = x.reshape(*x.shape[: x.ndim - self.contract], fan_in)
+    y = flat @ kernel.reshape(fan_in, -1).astype(self.config.dtype)
+    y = y.reshape(*flat.shape[:-1], *self.shape[self.contract :])
+    if self.bias:
+      out_axes = tuple(self.axes[self.contract :])
+      bias = self.param(
+          'bias', nn.with_logical_partitioning(nn.initializers.zeros, out_axes), tuple(self.shape[self.contract :]),
+          jnp.dtype(self.config.param_dtype),
+      )
+      y = y + jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - bias.ndim))
+    return y
+
+
+class RMSNorm(nn.Module):
+  """y = x / rms(x) * w over the last axis, in float32.
+
+  Reference: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
+  """
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param(
+        'scale', nn.with_logical_partitioning(nn.initializers.ones, ('norm',)), (x.shape[-1],),
+        jnp.dtype(self.config.param_dtype),
+    )
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.config.norm_eps)
+    y = x32 * inverse * jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))
+    return y.astype(self.config.dtype)
+
+
+def rotary_angles(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
+  """cos and sin of the rotary angles, float32: positions [B, T] -> two arrays [B, T, head_dim / 2]."""
+  frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+  angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Rotary embedding of x [B, T, H, D]: coordinate i is paired with i + D/2, as in the Llama checkpoints.
+
+  Reference: Su et al., RoFormer, arXiv:2104.09864.
+  """
+  cos, sin = (angle[:, :, None, :] for angle in angles)
+  left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
+
+
+class GatedMLP(nn.Module):
+  """y = (silu(x W_gate) * x W_up) W_down.
+
+  Reference: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
+  """
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(self, x):
+    c = self.config
+    gate = Projection(c, (c.embed_dim, c.mlp_dim), ('embed', 'mlp'), name='gate')(x)
+    up = Projection(c, (c.embed_dim, c.mlp_dim), ('embed', 'mlp'), name='up')(x)
+    hidden = constrain(nn.silu(gate) * up, 'batch', 'time', 'act_mlp')
+    return Projection(c, (c.mlp_dim, c.embed_dim), ('mlp', 'embed'), name='down')(hidden)

@@ -1,0 +1,117 @@
+"""Mesh axes and the one table from logical axis names to mesh axes.
+
+Parameters carry logical names (`nn.with_logical_partitioning`), activations call `constrain`. Nothing else in the
+library names a mesh axis, apart from the lm head, which runs inside `shard_map`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ('data', 'fsdp', 'tensor')
+TOKEN_AXES = ('data', 'fsdp')  # tokens of a batch are split over both
+
+RULES: Mapping[str, str | tuple[str, ...] | None] = {
+    # parameters
+    'vocab': 'tensor',
+    'embed': 'fsdp',
+    'heads': 'tensor',
+    'kv_heads': 'tensor',
+    'head_dim': None,
+    'mlp': 'tensor',
+    'norm': None,
+    'layers': None,
+    # activations
+    'batch': TOKEN_AXES,
+    'time': None,
+    'features': None,
+    'act_heads': 'tensor',
+    'act_mlp': 'tensor',
+}
+
+
+def make_mesh(shape: Sequence[int] = (), devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Mesh over ('data', 'fsdp', 'tensor') with Auto axes; one entry of shape may be -1 (what is left).
+
+  Args:
+    shape: sizes of the three axes; empty means all devices on 'fsdp'.
+    devices: which devices; all of them by default.
+
+  Raises:
+    ValueError: the product of shape is not the number of devices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = tuple(shape) or (1, -1, 1)
+  if len(sizes) != len(MESH_AXES):
+    raise ValueError(f'mesh {sizes} has {len(sizes)} axes; give sizes for {MESH_AXES}')
+  if sizes.count(-1) == 1:
+    rest = math.prod(size for size in sizes if size != -1)
+    sizes = tuple(len(devices) // rest if size == -1 else size for size in sizes)
+  if math.prod(sizes) != len(devices):
+    raise ValueError(f'mesh {sizes} over {MESH_AXES} needs {math.prod(sizes)} devices; there are {len(devices)}')
+  return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def current_mesh():
+  """The mesh set by `jax.set_mesh`, or None where there is none or it has one device."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def spec(names: Sequence[str | None], shape: Sequence[int], mesh) -> PartitionSpec:
+  """PartitionSpec of an array with these logical names; an axis that does not divide evenly stays whole.
+
+  Raises:
+    ValueError: a name is not in RULES.
+  """
+  unknown = [name for name in names if name is not None and name not in RULES]
+  if unknown:
+    raise ValueError(f'logical axes {unknown} unknown; choose from {sorted(RULES)}')
+  axes = [None if name is None else RULES[name] for name in names]
+  return PartitionSpec(*(axis if _divides(axis, size, mesh) else None for axis, size in zip(axes, shape, strict=True)))
+
+
+def _divides(axis, size, mesh) -> bool:
+  if axis is None:
+    return False
+  parts = math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis))
+  return size % parts == 0
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+  """`with_sharding_constraint` by logical names under the current mesh; the identity without one."""
+  mesh = current_mesh()
+  return x if mesh is None else jax.lax.with_sharding_constraint(x, spec(names, x.shape, mesh))
+
+
+def logical_names(boxed):
+  """Tree of logical name tuples (as PartitionSpec) from a boxed (abstract) parameter tree."""
+  return nn.get_partition_spec(boxed)
+
+
+def shardings(boxed, mesh: Mesh):
+  """NamedShardings for the unboxed form of a boxed (abstract) tree, by RULES."""
+  abstract = nn.meta.unbox(boxed)
+
+  def one(names, leaf):
+    padded = tuple(names) + (None,) * (leaf.ndim - len(names))
+    return NamedSharding(mesh, spec(padded, leaf.shape, mesh))
+
+  return jax.tree.map(one, logical_names(boxed), abstract, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def shard_rows(tree, mesh: Mesh):
+  """Puts host arrays [B, ...] on the mesh with rows split over the token axes (whole where they do not divide)."""
+
+  def put(x):
+    names = ('batch',) + (None,) * (x.ndim - 1) if x.ndim else ()
+    return jax.device_put(x, NamedSharding(mesh, spec(names, x.shape, mesh)))
+
+  return jax.tree.map(put, tree)
