@@ -92,15 +92,32 @@ def logical_names(boxed):
   return nn.get_partition_spec(boxed)
 
 
-def shardings(boxed, mesh: Mesh):
-  """NamedShardings for the unboxed form of a boxed (abstract) tree, by RULES."""
-  abstract = nn.meta.unbox(boxed)
+def shardings(names, abstract, mesh: Mesh):
+  """NamedShardings by RULES.
 
-  def one(names, leaf):
-    padded = tuple(names) + (None,) * (leaf.ndim - len(names))
+  Args:
+    names: tree of PartitionSpecs of logical names, one a leaf; shorter than the leaf's rank means whole axes.
+    abstract: tree of arrays or ShapeDtypeStructs.
+    mesh: the mesh.
+  """
+
+  def one(axes, leaf):
+    padded = tuple(axes) + (None,) * (leaf.ndim - len(axes))
     return NamedSharding(mesh, spec(padded, leaf.shape, mesh))
 
-  return jax.tree.map(one, logical_names(boxed), abstract, is_leaf=lambda x: isinstance(x, PartitionSpec))
+  return jax.tree.map(one, names, abstract, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def like_params(tree, params, params_shardings, mesh: Mesh):
+  """NamedShardings of an optimizer state: a leaf whose path ends with a parameter's path and has its shape follows it."""
+  leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(params_shardings), strict=True)
+  known = {(path, leaf.shape): sharding for (path, leaf), sharding in leaves}
+
+  def one(path, leaf):
+    found = (known.get((path[start:], leaf.shape)) for start in range(len(path)))
+    return next((sharding for sharding in found if sharding is not None), replicated(mesh))
+
+  return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -108,10 +125,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def shard_rows(tree, mesh: Mesh):
-  """Puts host arrays [B, ...] on the mesh with rows split over the token axes (whole where they do not divide)."""
+  """Puts every host's arrays [B / hosts, ...] on the mesh as [B, ...] with rows split over the token axes (whole where they do not divide)."""
 
   def put(x):
     names = ('batch',) + (None,) * (x.ndim - 1) if x.ndim else ()
-    return jax.device_put(x, NamedSharding(mesh, spec(names, x.shape, mesh)))
+    rows = (x.shape[0] * jax.process_count(), *x.shape[1:]) if x.ndim else ()
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, spec(names, rows, mesh)), x)
 
   return jax.tree.map(put, tree)

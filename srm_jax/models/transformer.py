@@ -18,7 +18,7 @@ from srm_jax.models import heads
 from srm_jax.models.attention import Attention, Visibility
 from srm_jax.models.config import TransformerConfig
 from srm_jax.models.layers import GatedMLP, RMSNorm, rotary_angles
-from srm_jax.sharding import constrain
+from srm_jax.sharding import constrain, logical_names
 from srm_jax.types import Params
 
 TAPS = ('hidden', 'q', 'k', 'v', 'attention')
@@ -114,9 +114,10 @@ class Transformer(nn.Module):
   def _unroll(self, x, angles, segment_ids, cache: kv.Cache, taps):
     segments = kv.write_segments(cache, segment_ids)
     visible = Visibility(segment_ids, segments, cache.index)
-    block, collected, keys, values = Block(self.config, taps, parent=None), [], [], []
+    block = jax.jit(Block(self.config, taps, parent=None).apply)  # traced and lowered once, not once a layer
+    collected, keys, values = [], [], []
     for params, key, value in zip(layer_params(self.variables['params']), cache.keys, cache.values, strict=True):
-      x, ((key, value), seen) = block.apply({'params': params}, x, angles, visible, (key, value, cache.index))
+      x, ((key, value), seen) = block({'params': params}, x, angles, visible, (key, value, cache.index))
       keys.append(key)
       values.append(value)
       collected.append(seen)
@@ -158,6 +159,11 @@ def abstract_params(config: TransformerConfig):
 
 def _init(config, rng):
   return Transformer(config).init(rng, jnp.zeros((1, 1), jnp.int32), logits_at=())['params']
+
+
+def param_names(config: TransformerConfig):
+  """Tree of logical axis names, of the structure of the parameters."""
+  return logical_names(abstract_params(config))
 
 
 def init_params(config: TransformerConfig, rng: jax.Array) -> Params:

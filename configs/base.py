@@ -1,0 +1,113 @@
+"""Sections that the configs of all experiments are made of; every default of the project stands here.
+
+Try one: python -m experiments.train --config=configs/sft/arithmetic.py --workdir=runs/sft
+"""
+
+from ml_collections import ConfigDict
+
+
+def parse_arg(arg: str, **defaults):
+  """'task=gsm8k,smoke' -> ConfigDict of defaults with what the argument of --config=file.py:arg changes.
+
+  Raises:
+    ValueError: a name that is not among the defaults.
+  """
+  values = ConfigDict(defaults)
+  for part in filter(None, arg.split(',')):
+    name, _, text = part.partition('=')
+    if name not in defaults:
+      raise ValueError(f'config argument {name!r} unknown; choose from {sorted(defaults)}')
+    kind = type(defaults[name])
+    values[name] = (text or 'true').lower() in ('1', 'true') if kind is bool else kind(text)
+  return values
+
+
+def model(*, embed_dim, num_layers, num_heads, mlp_dim, num_kv_heads=None, max_length=256, **options):
+  """vocab_size 0 takes the tokenizer's."""
+  return ConfigDict(dict(
+      vocab_size=0, num_layers=num_layers, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads or num_heads,
+      head_dim=embed_dim // num_heads, mlp_dim=mlp_dim, max_length=max_length, rope_base=10_000.0, norm_eps=1e-6,
+      tie_embeddings=True, qkv_bias=False, qk_norm=False, param_dtype='float32', dtype='float32', remat='none', unroll=1,
+  ) | options)
+
+
+def optimizer(name='muon', *, learning_rate=3e-3, matrix_learning_rate=0.02, **options):
+  """matrix_learning_rate is Muon's, for the block matrices; learning_rate is Adam's, for the rest."""
+  return ConfigDict(dict(
+      name=name, learning_rate=learning_rate, matrix_learning_rate=matrix_learning_rate, schedule='linear', warmup_steps=20,
+      weight_decay=0.01, b1=0.9, b2=0.95, clip_norm=1.0,
+  ) | options)
+
+
+def data(task='arithmetic_mix', split='train', *, count=1000, seed=1, records='', target='solution'):
+  return ConfigDict(dict(task=task, split=split, count=count, seed=seed, records=records, target=target))
+
+
+def batch(size=32, length=128, packing='plan'):
+  return ConfigDict(dict(size=size, length=length, packing=packing))
+
+
+def rollouts(*, prompts=32, samples=8, length=192, max_new_tokens=128, temperature=1.0):
+  return ConfigDict(dict(
+      prompts=prompts, samples=samples, length=length, max_new_tokens=max_new_tokens, temperature=temperature, top_k=0, top_p=1.0,
+  ))
+
+
+def distillation(divergence='forward_kl', *, weight=1.0, cross_entropy=0.0, hidden=0.0, feature='cosine', layers='skip', **options):
+  return ConfigDict(dict(
+      cross_entropy=cross_entropy, weight=weight, divergence=divergence, options=options, temperature=1.0,
+      scale_by_squared_temperature=False, hidden=dict(weight=hidden, feature=feature, layers=layers), head_chunk=0,
+  ))
+
+
+def sampling(*, samples=1, temperature=1.0, max_new_tokens=128, seed=0):
+  return ConfigDict(dict(
+      temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, samples=samples, seed=seed,
+  ))
+
+
+def strategy(name='chain_of_thought', *, samples=1, temperature=0.0):
+  return ConfigDict(dict(name=name, samples=samples, temperature=temperature))
+
+
+def train(recipe, *, tokenizer, model, optimizer, num_steps, seed=1, init_from='', **options):
+  """A training run of any recipe."""
+  return ConfigDict(dict(
+      seed=seed, num_steps=num_steps, tokenizer=tokenizer, init_from=init_from, model=model, recipe=recipe,
+      optimizer=optimizer, mesh=(), microbatches=1, ema_decay=0.0, log_every=10, checkpoint_every=100,
+      keep_checkpoints=2, overfit_one_batch=False, progress=True,
+  ) | options)
+
+
+def sft(data, batch, *, head_chunk=0):
+  return ConfigDict(dict(name='sft', data=data, batch=batch, head_chunk=head_chunk))
+
+
+def distill(teacher, data, batch, loss):
+  return ConfigDict(dict(name='distill', teacher=teacher, data=data, batch=batch, loss=loss))
+
+
+def on_policy_distill(teacher, data, rollouts, loss):
+  return ConfigDict(dict(name='on_policy_distill', teacher=teacher, data=data, rollouts=rollouts, loss=loss))
+
+
+def grpo(data, rollouts, *, kl=0.0, reference='', clip_high=0.2):
+  return ConfigDict(dict(
+      name='policy_gradient', data=data, rollouts=rollouts, advantage=dict(name='group_relative', options=dict(ddof=1, eps=1e-6)),
+      surrogate=dict(name='clipped', options=dict(clip_low=0.2, clip_high=clip_high)),
+      reduction=dict(name='sequence_mean_token_mean', options={}),
+      kl=dict(coef=kl, estimator='k3', reference=reference), head_chunk=0,
+  ))
+
+
+def annotate(teacher, data, sampling, *, batch_size=256, chunk=256):
+  return ConfigDict(dict(
+      teacher=teacher, data=data, sampling=sampling, batch_size=batch_size, chunk=chunk, mesh=(), progress=True,
+  ))
+
+
+def evaluate(model, data, strategies, *, scorer='', max_new_tokens=128, seed=0, batch_size=256):
+  return ConfigDict(dict(
+      model=model, scorer=scorer, score='mean', data=data, strategies=strategies, max_new_tokens=max_new_tokens, seed=seed,
+      batch_size=batch_size, mesh=(), progress=True,
+  ))

@@ -1,0 +1,80 @@
+"""The whole line: a teacher, its annotations, six ways to teach a student, RL, and what each step was worth.
+
+Run: bash experiments/quickstart.sh                    (two CPU cores, 12 minutes)
+     bash experiments/quickstart.sh --task=gsm8k       (human-written problems; $SRM_DATA_DIR or a network)
+     bash experiments/quickstart.sh --smoke            (90 seconds, to see it run)
+Expected: experiments/quickstart/reference.json, five seeds.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+from configs.quickstart_sizes import SIZES
+
+DEV, TEST = 50_000, 60_000  # offsets of the problem seeds: train, dev and test problems are also disjoint by hash
+
+
+def get_config(arg: str = ''):
+  """arg: 'task=arithmetic_mix,size=full,seed=1,steps=1.0,dtype=float32'; steps scales the length of every training."""
+  a = base.parse_arg(arg, task='arithmetic_mix', size='full', seed=1, steps=1.0, dtype='float32', prompt_eval=0)
+  s = ConfigDict(SIZES[a.task] | SIZES[f'{a.task}/{a.size}'])
+  seed, task = a.seed * 1000, a.task
+  steps = {name: max(2, round(a.steps * count)) for name, count in s.steps.items()}
+  gold = base.data(task, count=s.gold, seed=seed + 1)
+  fresh = base.data(task, count=s.prompts, seed=seed + 2)
+  annotated = base.data(task, records='{annotate}/annotations.jsonl', target='completion')
+  same_prompts = base.data(task, records='{annotate}/annotations.jsonl', target='solution')
+  rows = base.batch(s.rows, s.length)
+  stages = ConfigDict()
+
+  def add(name, run, config):
+    stages[name] = dict(run=run, config=config)
+
+  def training(name, recipe, shape, run_seed, **options):
+    add(name, 'train', base.train(
+        recipe, tokenizer='{tokenizer}', model=base.model(**s[shape], max_length=s.context, dtype=a.dtype), seed=run_seed,
+        optimizer=base.optimizer(**s.optimizer[options.pop('optimizer', name)]), num_steps=steps[options.pop('steps', name)], **options,
+    ))
+
+  def evaluation(name, model, split, count, offset, strategies, **options):
+    add(name, 'evaluate', base.evaluate(
+        model, base.data(task, split, count=count, seed=seed + offset), strategies, max_new_tokens=s.new_tokens,
+        batch_size=s.decode_rows, seed=seed + offset, **options,
+    ))
+
+  add('tokenizer', 'tokenizer', dict(data=gold | dict(count=s.teacher_problems), vocab_size=s.vocab, split_by_whitespace=False))
+  training('teacher', base.sft(base.data(task, count=s.teacher_problems, seed=seed + 3), rows), 'teacher', seed + 3)
+  add('annotate', 'annotate', base.annotate(
+      '{teacher}', fresh, base.sampling(samples=s.annotations, max_new_tokens=s.new_tokens, seed=seed + 4), batch_size=s.decode_rows,
+  ))
+  training('base', base.sft(gold, rows), 'student', seed + 5)
+  sampled = base.rollouts(prompts=s.opd_prompts, samples=1, length=s.row, max_new_tokens=s.new_tokens)
+  kl = base.distillation(s.divergence)
+  arms = dict(
+      sft_small=base.sft(gold, rows),
+      sft_gold=base.sft(same_prompts, rows),
+      sft_annotations=base.sft(annotated, rows),
+      logits=base.distill('{teacher}', annotated, rows, kl),
+      hidden=base.distill('{teacher}', annotated, rows, base.distillation(s.divergence, hidden=s.hidden_weight)),
+      on_policy=base.on_policy_distill('{teacher}', same_prompts, sampled, base.distillation(s.on_policy_divergence)),
+  )
+  greedy = dict(greedy=base.strategy())
+  for arm, recipe in arms.items():
+    kind = 'on_policy' if arm == 'on_policy' else 'arm'
+    training(arm, recipe, 'student', seed + 6, init_from='{base}', steps='arm', optimizer=kind)
+    evaluation(f'dev_{arm}', f'{{{arm}}}', 'dev', s.dev, DEV, greedy)
+  add('best', 'select', dict(candidates={arm: f'dev_{arm}' for arm in arms}, row='greedy'))
+  training('rl', base.grpo(
+      base.data(task, count=s.rl_problems, seed=seed + 7),
+      base.rollouts(prompts=s.rl_prompts, samples=s.group, length=s.row, max_new_tokens=s.new_tokens),
+  ), 'student', seed + 7, init_from='{best}')
+  for name in ('teacher', 'base', *arms, 'rl'):
+    evaluation(f'test_{name}', f'{{{name}}}', 'test', s.test, TEST, greedy)
+    if 'hard' in s:
+      evaluation(f'hard_{name}', f'{{{name}}}', 'hard', s.hard, TEST, greedy)
+  many = dict(samples=s.votes, temperature=1.0)
+  evaluation('strategies', '{rl}', 'test', s.test, TEST, dict(
+      direct=base.strategy('direct'), greedy=base.strategy(), sample=base.strategy(temperature=1.0),
+      majority=base.strategy('self_consistency', **many), best_of_n=base.strategy('best_of_n', **many),
+  ), scorer='{teacher}')
+  return ConfigDict(dict(seed=a.seed, task=task, size=a.size, stages=stages))

@@ -1,0 +1,41 @@
+"""Sizes of the quickstart, per task and for its full and smoke forms; chosen on development seeds 900 and above.
+
+Used by configs/quickstart.py; python -m experiments.quickstart prints what it resolves to.
+"""
+
+_MUON = dict(name='muon', learning_rate=3e-3, matrix_learning_rate=0.02)
+_GENTLE = dict(name='muon', learning_rate=1e-3, matrix_learning_rate=0.005)
+_RL = dict(name='adamw', learning_rate=3e-4, schedule='constant', warmup_steps=5, weight_decay=0.0)
+
+_ARITHMETIC = dict(
+    vocab=512, length=128, row=160, context=256, new_tokens=112, rows=32, decode_rows=256,
+    teacher=dict(embed_dim=128, num_layers=4, num_heads=4, mlp_dim=384),
+    student=dict(embed_dim=64, num_layers=3, num_heads=4, mlp_dim=192),
+    divergence='forward_kl', on_policy_divergence='reverse_kl', hidden_weight=1.0,
+    optimizer=dict(teacher=_MUON, base=_MUON, arm=_GENTLE, on_policy=_GENTLE, rl=_RL),
+    annotations=2, opd_prompts=96, rl_prompts=32, group=8, votes=8,
+)
+_GSM8K = _ARITHMETIC | dict(
+    vocab=1024, length=512, row=512, context=640, new_tokens=200, rows=8, decode_rows=128, opd_prompts=32, rl_prompts=8,
+)
+
+SIZES = {
+    'arithmetic_mix': _ARITHMETIC,
+    'arithmetic_mix/full': dict(
+        teacher_problems=20_000, gold=1000, prompts=2000, rl_problems=4000, dev=400, test=1000, hard=300,
+        steps=dict(teacher=400, base=100, arm=120, rl=40),
+    ),
+    'arithmetic_mix/smoke': dict(
+        teacher_problems=2000, gold=200, prompts=64, rl_problems=200, dev=32, test=64, hard=32, votes=4, annotations=2,
+        steps=dict(teacher=40, base=10, arm=6, rl=2),
+    ),
+    'gsm8k': _GSM8K,
+    'gsm8k/full': dict(
+        teacher_problems=6000, gold=500, prompts=500, rl_problems=1000, dev=100, test=1319,
+        steps=dict(teacher=300, base=60, arm=60, rl=10),
+    ),
+    'gsm8k/smoke': dict(
+        teacher_problems=600, gold=100, prompts=32, rl_problems=64, dev=16, test=32, votes=4, annotations=2,
+        steps=dict(teacher=10, base=4, arm=2, rl=1),
+    ),
+}

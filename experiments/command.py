@@ -1,0 +1,61 @@
+"""From the command line to the library: flags, logging and exit codes that all mains share.
+
+Exit codes: 0 done, 1 not finite, 2 a config, data or checkpoint that cannot be used, 130 interrupted.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from experiments import runtime
+
+
+def show_progress_of_library():
+  """Log lines of srm_jax go to stderr; those of the libraries below it only from warnings on."""
+  handler = logging.StreamHandler(sys.stderr)
+  handler.setFormatter(logging.Formatter('%(message)s'))
+  logger = logging.getLogger('srm_jax')
+  logger.addHandler(handler)
+  logger.setLevel(logging.INFO)
+  logger.propagate = False
+  for name in ('absl', 'jax', 'jax._src.xla_bridge', 'orbax'):
+    logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def guarded(action: Callable[[], None]):
+  """Runs the action; what a user can mend is one line and an exit code, not a traceback."""
+  from srm_jax.train import NonFiniteError
+
+  try:
+    action()
+  except NonFiniteError as error:
+    sys.exit(_say(error, 1))
+  except (ValueError, FileNotFoundError) as error:
+    logging.getLogger('srm_jax').debug('', exc_info=True)
+    sys.exit(_say(error, 2))
+  except KeyboardInterrupt as error:
+    sys.exit(_say(error, 130))
+
+
+def _say(error, code: int) -> int:
+  print(f'error: {error}' if code != 130 else f'{error or "interrupted; the same command continues"}', file=sys.stderr)
+  return code
+
+
+def launch(action: Callable):
+  """action(config, workdir), with --config=FILE.py[:arg], --config.key=value and --workdir=DIR."""
+  config = config_flags.DEFINE_config_file('config', None, 'FILE.py[:arg] with get_config; override with --config.key=value.')
+  workdir = flags.DEFINE_string('workdir', None, 'Where results go; the same command continues a stopped run.')
+  flags.mark_flags_as_required(['config', 'workdir'])
+
+  def main(argv):
+    if len(argv) > 1:
+      raise app.UsageError(f'unexpected arguments {argv[1:]}')
+    show_progress_of_library()
+    runtime.prepare()
+    guarded(lambda: action(config.value, workdir.value))
+
+  app.run(main)

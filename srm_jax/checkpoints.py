@@ -1,0 +1,215 @@
+"""Checkpoints of a run: whole or absent, verified on restore, and models read back from a finished run.
+
+A run's workdir holds
+  config.json      the resolved configuration, which later starts must match
+  model.json       the TransformerConfig
+  tokenizer/       a copy of the tokenizer
+  checkpoints/N/   params, optimizer (with step and ema) and meta (source cursor, fingerprints)
+"""
+
+import dataclasses
+import json
+import logging
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from srm_jax import sharding
+from srm_jax.data import tokenizer as tokenizers
+from srm_jax.models import transformer
+from srm_jax.models.config import TransformerConfig
+from srm_jax.schema import ConfigError
+from srm_jax.types import Params, TrainState
+
+_LOG = logging.getLogger(__name__)
+
+
+class Restored(NamedTuple):
+  """state, and the JSON that was saved with it: {'source': ..., 'frozen': ...}."""
+
+  state: TrainState
+  meta: dict[str, Any]
+
+
+@jax.jit
+def _leaf_fingerprints(leaves):
+  def one(x):
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+      x = jax.random.key_data(x)
+    bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+    flat = bits.astype(jnp.uint32).reshape(-1)
+    place = jnp.arange(flat.size, dtype=jnp.uint32) * jnp.uint32(2654435761) + jnp.uint32(1)
+    return jnp.sum((flat ^ (flat >> 15)) * (place | 1), dtype=jnp.uint32)
+
+  return [one(x) for x in leaves]
+
+
+def fingerprint(tree) -> str:
+  """A content hash of a tree of arrays by wrapping integer sums: the same on every mesh, cheap on the device."""
+  sums = np.asarray(jax.device_get(_leaf_fingerprints(jax.tree.leaves(tree))), np.uint64)
+  mixed = 0
+  for value in sums:
+    mixed = (mixed * 1_000_003 + int(value) + 1) % (1 << 61)
+  return f'{mixed:016x}'
+
+
+def _split(state: TrainState):
+  return state.params, {'step': state.step, 'opt_state': state.opt_state, 'ema': state.ema}
+
+
+class Checkpoints(NamedTuple):
+  """The checkpoints of one run."""
+
+  manager: ocp.CheckpointManager
+
+  def save(self, state: TrainState, meta: Mapping[str, Any]):
+    """Saves at state.step (a step that is there already stays); meta must be JSON."""
+    step = int(state.step)
+    if step in self.manager.all_steps():
+      return
+    params, rest = _split(state)
+    prints = {'params': fingerprint(params), 'rest': fingerprint(rest)}
+    items = ocp.args.Composite(
+        params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest),
+        meta=ocp.args.JsonSave({**meta, 'fingerprints': prints}),
+    )
+    self.manager.save(step, args=items)
+
+  def restore_latest(self, like: TrainState) -> Restored | None:
+    """The newest checkpoint that is whole, onto the shapes and shardings of `like`; None if there is none.
+
+    A damaged one is reported and set aside (renamed), and the one before it is used.
+
+    Raises:
+      ValueError: there are checkpoints and none of them can be read.
+    """
+    steps = sorted(self.manager.all_steps(), reverse=True)
+    for step in steps:
+      try:
+        return self._restore(step, like)
+      except Exception as error:  # orbax and tensorstore raise many types; each means that this one is unusable
+        _LOG.warning('checkpoint %d is damaged (%s); trying the one before it', step, str(error)[:200])
+        folder = pathlib.Path(self.manager.directory) / str(step)
+        folder.rename(folder.with_name(f'damaged-{step}'))
+        self.manager.reload()
+    if steps:
+      raise ValueError(f'none of the checkpoints {steps} in {self.manager.directory} can be read; remove the folder to start anew')
+    return None
+
+  def _restore(self, step, like):
+    params, rest = jax.tree.map(_abstract, _split(like))
+    items = ocp.args.Composite(
+        params=ocp.args.StandardRestore(params), rest=ocp.args.StandardRestore(rest), meta=ocp.args.JsonRestore()
+    )
+    found = self.manager.restore(step, args=items)
+    state = TrainState(found['rest']['step'], found['params'], found['rest']['opt_state'], found['rest']['ema'])
+    params, rest = _split(state)
+    if found['meta'].pop('fingerprints') != {'params': fingerprint(params), 'rest': fingerprint(rest)}:
+      raise ValueError('its content does not match the fingerprint that was saved with it')
+    return Restored(state, found['meta'])
+
+  def close(self):
+    self.manager.wait_until_finished()
+    self.manager.close()
+
+
+def _abstract(x):
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def open_checkpoints(workdir, *, keep: int = 2) -> Checkpoints:
+  """The checkpoints below a workdir, of which the newest `keep` stay."""
+  folder = pathlib.Path(workdir).absolute() / 'checkpoints'
+  options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+  return Checkpoints(ocp.CheckpointManager(folder, options=options))
+
+
+def claim(workdir, config: Mapping[str, Any]):
+  """Makes a workdir belong to a config, or checks that it does.
+
+  Raises:
+    ConfigError: the workdir was begun with another config; the differing keys are named.
+  """
+  workdir = pathlib.Path(workdir)
+  path = workdir / 'config.json'
+  if path.exists():
+    differing = _differences(json.loads(path.read_text()), json.loads(json.dumps(config)))
+    if differing:
+      raise ConfigError(f'{workdir} was begun with another config: {"; ".join(differing)}. Use another --workdir')
+    return
+  workdir.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(json.dumps(config, indent=1, sort_keys=True))
+  temporary.rename(path)
+
+
+def describe_model(workdir, config: TransformerConfig, tokenizer: str):
+  """Writes what `load_model` needs beside the parameters: the TransformerConfig and a copy of the tokenizer."""
+  workdir = pathlib.Path(workdir)
+  tokenizers.copy(tokenizer, workdir / 'tokenizer')
+  (workdir / 'model.json').write_text(json.dumps(dataclasses.asdict(config), indent=1))
+
+
+def _differences(old, new, where='config') -> list[str]:
+  if isinstance(old, dict) and isinstance(new, dict):
+    keys = sorted(old.keys() | new.keys())
+    return [line for key in keys for line in _differences(old.get(key), new.get(key), f'{where}.{key}')]
+  return [] if old == new else [f'{where} was {old!r}, is {new!r}']
+
+
+class Model(NamedTuple):
+  """A trained model read from a workdir."""
+
+  config: TransformerConfig
+  params: Params
+  tokenizer: Any
+  step: int
+  fingerprint: str
+
+
+def model_config(folder) -> TransformerConfig:
+  """The TransformerConfig of a run's workdir.
+
+  Raises:
+    ConfigError: the folder holds no model.
+  """
+  path = pathlib.Path(folder) / 'model.json'
+  if not path.exists():
+    raise ConfigError(f'{folder} holds no model (no model.json); give the workdir of a finished training run')
+  return TransformerConfig(**json.loads(path.read_text()))
+
+
+def load_model(folder, *, dtype: str | None = None) -> Model:
+  """The model of a run's newest checkpoint, on the current mesh (or one device), cast to `dtype` if given.
+
+  Raises:
+    ConfigError: no model, or no finished checkpoint in the folder.
+  """
+  config = model_config(folder)
+  checkpoints = open_checkpoints(folder)
+  steps = sorted(checkpoints.manager.all_steps(), reverse=True)
+  if not steps:
+    raise ConfigError(f'{folder} has no finished checkpoint; let its training run save one first')
+  found = checkpoints.manager.restore(
+      steps[0], args=ocp.args.Composite(params=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
+  )
+  checkpoints.close()
+  if found['meta']['fingerprints']['params'] != fingerprint(found['params']):
+    raise ConfigError(f'checkpoint {steps[0]} of {folder} is damaged; run its training again, it falls back by itself')
+  params = place(config, found['params']['model'], dtype)
+  return Model(config, params, tokenizers.load(str(pathlib.Path(folder) / 'tokenizer')), steps[0], fingerprint(params))
+
+
+def place(config: TransformerConfig, params: Params, dtype: str | None = None) -> Params:
+  """Parameters put where the current mesh wants them, optionally cast."""
+  if dtype is not None:
+    params = transformer.cast(params, dtype)
+  mesh = jax.sharding.get_mesh()
+  if mesh.empty:
+    return jax.tree.map(jnp.asarray, params)
+  return jax.device_put(params, sharding.shardings(transformer.param_names(config), params, mesh))

@@ -1,0 +1,1 @@
+"""Text to batches: tokenizers, packing (the only shift), resumable pipelines, annotation records."""

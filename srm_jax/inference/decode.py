@@ -1,0 +1,246 @@
+"""Prefill and decode under jit: one batch of prompts becomes tokens and log-probabilities.
+
+Prompts are padded on the left, so that all rows write the same cache slot. Prefill covers all but the last prompt
+token; every decode step feeds one token and samples the next, so the first sampled token is like any other. A call
+decodes up to STEPS tokens in a `while_loop` that ends when every row is done; between calls the host grows the cache
+and drops finished rows. Shapes come from short series of buckets and every jitted function takes the parameters as
+an argument: new parameters, prompts and temperatures reuse the compiled programs.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from srm_jax.inference import logits as sampler
+from srm_jax.models import cache as kv
+from srm_jax.models import transformer
+from srm_jax.models.config import TransformerConfig
+from srm_jax.sharding import constrain, current_mesh
+from srm_jax.types import Params, SamplingParams
+
+STEPS = 32  # decode steps per jitted call
+NOT_EMITTED = -1
+
+
+class Decoding(NamedTuple):
+  """Rows in flight. token [B]: next input; position [B]: where it stands; keys uint32 [B, 2]; done bool [B]."""
+
+  cache: kv.Cache
+  token: jax.Array
+  position: jax.Array
+  keys: jax.Array
+  done: jax.Array
+
+
+def bucket(length: int, *, smallest: int = 16) -> int:
+  """The smallest of 16, 24, 32, 48, 64, 96, ... that is >= length: few shapes, at most half again as much work."""
+  size = smallest
+  while size < length:
+    if size + size // 2 >= length:
+      return size + size // 2
+    size *= 2
+  return size
+
+
+def batch_bucket(rows: int, largest: int) -> int:
+  """`largest` halved (at most twice) while `rows` still fit: full batches, and smaller ones for what is left."""
+  for size in (largest // 4, largest // 2):
+    if rows <= size and largest % size == 0:
+      return size
+  return largest
+
+
+def prepare(config: TransformerConfig, params: Params) -> Params:
+  """A copy to decode with: compute dtype, layers unstacked, gathered over 'fsdp' and split over 'tensor' alone.
+
+  Decoding reads every weight at every step; gathering them once here keeps collectives out of the loop. The copy
+  shares nothing with `params`, which a train step may donate afterwards.
+  """
+  return _prepare(config, params)
+
+
+@functools.partial(jax.jit, static_argnames='config')
+def _prepare(config, params):
+  params = transformer.cast(params, config.dtype)
+  if current_mesh() is not None:
+    params = jax.tree.map(_gather, params, transformer.param_names(config))
+  return transformer.unstack_layers(params)
+
+
+def _gather(leaf, names):
+  names = tuple(names) + (None,) * (leaf.ndim - len(names))
+  return constrain(leaf, *(None if name == 'embed' else name for name in names))
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'size'))
+def prefill(config: TransformerConfig, params: Params, prompts, lengths, rows, keys, *, size: int) -> Decoding:
+  """Runs all but the last token of each prompt, once per distinct prompt.
+
+  Args:
+    prompts: int [U, W + 1], padded on the left; lengths: int [U], 0 for a dummy.
+    rows: int [B], which prompt each row continues; keys: uint32 [B, 2].
+    size: slots of the cache, >= W.
+
+  Returns:
+    Decoding of B rows; rows of a dummy prompt are done.
+  """
+  width = prompts.shape[1] - 1
+  positions = jnp.arange(width)[None] - (width + 1 - lengths)[:, None]
+  segments = (positions >= 0).astype(jnp.int32)
+  cache = kv.init_cache(config, prompts.shape[0], width)
+  model = transformer.Transformer(config)
+  cache = model.apply(
+      {'params': params}, prompts[:, :-1], positions=jnp.maximum(positions, 0), segment_ids=segments, cache=cache,
+      logits_at=(),
+  ).cache
+  lengths = lengths[rows]
+  return _constrain(Decoding(
+      kv.grow(_take(cache, rows), size), prompts[rows, -1], lengths - 1, keys, lengths == 0,
+  ))
+
+
+def _take(cache, rows):
+  return cache._replace(**{
+      name: jax.tree.map(lambda leaf: leaf[rows], getattr(cache, name)) for name in ('keys', 'values', 'segment_ids')
+  })
+
+
+def _constrain(state: Decoding) -> Decoding:
+  def rows(leaf):
+    names = ('batch', 'act_heads') if leaf.ndim == 4 else ('batch',) * min(leaf.ndim, 1)
+    return constrain(leaf, *names, *(None,) * (leaf.ndim - len(names)))
+
+  return jax.tree.map(rows, state)
+
+
+@functools.partial(jax.jit, static_argnames='size')
+def _grow(state: Decoding, *, size: int) -> Decoding:
+  return _constrain(state._replace(cache=kv.grow(state.cache, size)))
+
+
+@jax.jit
+def _compact(state: Decoding, rows, vacant) -> Decoding:
+  """Rows in a new order and number; vacant bool [B'] marks those that only fill the batch."""
+  token, position, keys, done = (leaf[rows] for leaf in state[1:])
+  return _constrain(Decoding(_take(state.cache, rows), token, position, keys, done | vacant))
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'top_k', 'top_p', 'steps'), donate_argnames='state')
+def decode(config: TransformerConfig, params: Params, state: Decoding, temperature, eos_id, limit, *, top_k: int,
+           top_p: float, steps: int):
+  """Up to min(limit, steps) tokens for every row that is not done; the cache must have room for them.
+
+  Args:
+    temperature, eos_id, limit: traced scalars. A row is done once it has emitted eos_id (-1: never).
+    top_k, top_p: as in `logits.sample`.
+    steps: width of the output.
+
+  Returns:
+    state, tokens int32 [B, steps] (NOT_EMITTED where a row emitted nothing), logprobs float32 [B, steps],
+    done bool [B]; the three last replicated, so that every host reads all of them.
+  """
+  model = transformer.Transformer(config)
+  rows = state.token.shape[0]
+  last = jnp.zeros((rows, 1), jnp.int32)
+
+  def step(carry):
+    i, state, tokens, logprobs = carry
+    out = model.apply(
+        {'params': params}, state.token[:, None], positions=state.position[:, None],
+        segment_ids=jnp.ones((rows, 1), jnp.int32), cache=state.cache, logits_at=last,
+    )
+    position = state.position + 1
+    token, logprob = sampler.sample(
+        constrain(out.logits[:, 0], 'batch', None), sampler.uniforms(state.keys, position),
+        temperature=temperature, top_k=top_k, top_p=top_p,
+    )
+    emitted = jnp.where(state.done, NOT_EMITTED, token)
+    tokens = jax.lax.dynamic_update_slice(tokens, emitted[:, None], (0, i))
+    logprobs = jax.lax.dynamic_update_slice(logprobs, jnp.where(state.done, 0.0, logprob)[:, None], (0, i))
+    state = Decoding(out.cache, token, position, state.keys, state.done | (token == eos_id))
+    return i + 1, state, tokens, logprobs
+
+  def unfinished(carry):
+    return (carry[0] < jnp.minimum(limit, steps)) & ~jnp.all(carry[1].done)
+
+  empty = jnp.full((rows, steps), NOT_EMITTED, jnp.int32), jnp.zeros((rows, steps), jnp.float32)
+  _, state, tokens, logprobs = jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), state, *empty))
+  return _constrain(state), *(constrain(x, *(None,) * x.ndim) for x in (tokens, logprobs, state.done))
+
+
+def pad_left(prompts: Sequence[Sequence[int]], count: int) -> tuple[np.ndarray, np.ndarray]:
+  """Prompts as int32 [count, W + 1], W a bucket, with their lengths [count]; rows past the prompts are dummies."""
+  width = bucket(max(len(prompt) for prompt in prompts) - 1) + 1
+  tokens, lengths = np.zeros((count, width), np.int32), np.zeros(count, np.int32)
+  for i, prompt in enumerate(prompts):
+    tokens[i, width - len(prompt) :], lengths[i] = prompt, len(prompt)
+  return tokens, lengths
+
+
+def complete(
+    config: TransformerConfig, params: Params, prompts: Sequence[Sequence[int]], rows: np.ndarray, keys: np.ndarray,
+    sampling: SamplingParams, *, eos_id: int, batch_size: int, steps: int = STEPS,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[list[int]], list[list[float]]]:
+  """Continues prompts until end-of-text or `max_new_tokens`.
+
+  Args:
+    params: from `prepare`.
+    prompts: U distinct prompts, none of them empty.
+    rows: int [R], which prompt each row continues, R <= batch_size; keys: uint32 [R, 2] from `logits.row_keys`.
+    sampling: `samples` and `seed` are already in rows and keys.
+    eos_id: ends a row; -1 lets all rows run to the limit.
+    progress: called with the number of new tokens after every `steps` steps.
+
+  Returns:
+    Tokens and log-probabilities of each row; an end-of-text token that was sampled is its last.
+  """
+  state, owner, used = _start(config, params, prompts, rows, keys, batch_size)
+  temperature, top_k, top_p = sampler.greedy_or_given(sampling)
+  tokens, logprobs = [[] for _ in rows], [[] for _ in rows]
+  remaining = sampling.max_new_tokens
+  while remaining and (owner >= 0).any():
+    count = min(steps, remaining)
+    if used + count > state.cache.segment_ids.shape[1]:
+      state = _grow(state, size=bucket(used + count))
+    state, *new = decode(
+        config, params, state, np.float32(temperature), np.int32(eos_id), np.int32(count), top_k=top_k, top_p=top_p,
+        steps=steps,
+    )
+    new_tokens, new_logprobs, done = map(np.asarray, new)
+    emitted = new_tokens != NOT_EMITTED
+    for slot in np.flatnonzero(owner >= 0):
+      tokens[owner[slot]] += new_tokens[slot, emitted[slot]].tolist()
+      logprobs[owner[slot]] += new_logprobs[slot, emitted[slot]].tolist()
+    if progress is not None:
+      progress(int(emitted.sum()))
+    used, remaining, owner = used + count, remaining - count, np.where(done, -1, owner)
+    state, owner = _drop_finished(state, owner, batch_size)
+  return tokens, logprobs
+
+
+def _start(config, params, prompts, rows, keys, batch_size):
+  """(state after prefill, which row each slot decodes or -1, cache slots in use)."""
+  size = batch_bucket(len(rows), batch_size)
+  vacant = size - len(rows)
+  tokens, lengths = pad_left(prompts, batch_bucket(len(prompts) + (vacant > 0), batch_size))
+  used = tokens.shape[1] - 1
+  # Vacant slots continue a dummy prompt, whose length 0 makes them done from the start.
+  slots = np.pad(np.asarray(rows, np.int32), (0, vacant), constant_values=len(lengths) - 1)
+  state = prefill(config, params, tokens, lengths, slots, np.pad(keys, ((0, vacant), (0, 0))), size=used)
+  return state, np.pad(np.arange(len(rows)), (0, vacant), constant_values=-1), used
+
+
+def _drop_finished(state, owner, batch_size):
+  """Continues in a smaller batch where the rows in flight fit into one."""
+  alive = np.flatnonzero(owner >= 0)
+  size = batch_bucket(len(alive), batch_size)
+  if len(alive) == 0 or size == len(owner):
+    return state, owner
+  vacant = size - len(alive)
+  state = _compact(state, np.pad(alive, (0, vacant)), np.arange(size) >= len(alive))
+  return state, np.pad(owner[alive], (0, vacant), constant_values=-1)

@@ -1,0 +1,165 @@
+"""From rewards to advantages: how much better a completion did than its baseline.
+
+`ADVANTAGES` are fn(rewards [P, G], *, valid=None, ...) -> [P, G], over the G completions of each of P prompts. A
+completion that cannot be scored (valid 0; its reward may be NaN) is left out of the baseline and has advantage 0. A
+group without two different valid rewards, so also one with a single valid member, has advantages of exactly 0;
+`informative_groups` tells them apart. `gae` works on tokens and a value function. All is float32, and no gradient
+flows into rewards or values.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+def group_relative(rewards, *, valid=None, ddof=1, eps=1e-6):
+  """Rewards standardised within the group.
+
+  (r_i - mean(r)) / (std(r) + eps)
+
+  Args:
+    rewards: [P, G].
+    valid: [P, G], 0 where a completion cannot be scored; None where all can.
+    ddof: the variance divides by n - ddof, n the valid members: 1 in the published code, 0 is the population's.
+    eps: added to the standard deviation.
+
+  Returns:
+    [P, G] advantages, float32.
+
+  Raises:
+    AssertionError: if the shapes are not equal [P, G].
+
+  Reference: Shao et al., DeepSeekMath, arXiv 2402.03300.
+  """
+  centred, size = _centred(rewards, valid)
+  variance = jnp.sum(jnp.square(centred), axis=-1, keepdims=True) / jnp.maximum(size - ddof, 1)
+  # The inner where keeps 0 / 0 out when eps is 0; the numerator is 0 there.
+  return centred / jnp.where(variance > 0, jnp.sqrt(variance) + eps, 1.0)
+
+
+def centered(rewards, *, valid=None):
+  """Rewards minus the mean of the group: without the division, easy and hard prompts weigh alike (Dr. GRPO).
+
+  r_i - mean(r)
+
+  Args:
+    rewards: [P, G].
+    valid: [P, G], 0 where a completion cannot be scored; None where all can.
+
+  Returns:
+    [P, G] advantages, float32.
+
+  Raises:
+    AssertionError: if the shapes are not equal [P, G].
+
+  Reference: Liu et al., Understanding R1-Zero-Like Training: A Critical Perspective, arXiv 2503.20783.
+  """
+  centred, _ = _centred(rewards, valid)
+  return centred
+
+
+def leave_one_out(rewards, *, valid=None):
+  """Rewards minus the mean of the other members of the group: an unbiased baseline.
+
+  r_i - mean_{j != i}(r_j) = n / (n - 1) (r_i - mean(r)),  n the valid members
+
+  Args:
+    rewards: [P, G].
+    valid: [P, G], 0 where a completion cannot be scored; None where all can.
+
+  Returns:
+    [P, G] advantages, float32.
+
+  Raises:
+    AssertionError: if the shapes are not equal [P, G].
+
+  Reference: Ahmadian et al., Back to Basics: Revisiting REINFORCE-Style Optimization, arXiv 2402.14740.
+  """
+  centred, size = _centred(rewards, valid)
+  return centred * size / jnp.maximum(size - 1, 1)
+
+
+def informative_groups(rewards, *, valid=None):
+  """Which groups hold two different valid rewards; the others have no gradient to give.
+
+  Args:
+    rewards: [P, G].
+    valid: [P, G], 0 where a completion cannot be scored; None where all can.
+
+  Returns:
+    bool [P].
+
+  Raises:
+    AssertionError: if the shapes are not equal [P, G].
+  """
+  rewards, keep = _scored(rewards, valid)
+  largest = jnp.max(jnp.where(keep, rewards, -jnp.inf), axis=-1)
+  smallest = jnp.min(jnp.where(keep, rewards, jnp.inf), axis=-1)
+  return largest > smallest
+
+
+def gae(rewards, values, mask, *, discount=1.0, trace_decay=0.95):
+  """Generalised advantage estimates along the sampled tokens of each row.
+
+  A_t = sum_k (discount trace_decay)^k delta_{t+k},  delta_t = r_t + discount V_{t+1} - V_t
+
+  t + 1 is the next unmasked token: forced text and tool output are stepped over without discount. V is 0 past the last.
+
+  Args:
+    rewards: [B, T] per-token rewards; those outside the mask are not seen.
+    values: [B, T] value estimates before each token.
+    mask: [B, T], 1 on sampled tokens.
+    discount: gamma.
+    trace_decay: lambda; 1 gives the return minus the value, 0 the one-step error.
+
+  Returns:
+    (advantages, returns): [B, T] each, float32, 0 outside the mask; returns = advantages + values.
+
+  Raises:
+    AssertionError: if the shapes are not equal [B, T].
+
+  Reference: Schulman et al., High-Dimensional Continuous Control Using Generalized Advantage Estimation,
+  arXiv 1506.02438.
+  """
+  chex.assert_rank([rewards, values, mask], 2)
+  chex.assert_equal_shape([rewards, values, mask])
+  keep = mask > 0
+  rewards, values = (
+      jnp.where(keep, jax.lax.stop_gradient(array).astype(jnp.float32), 0.0) for array in (rewards, values)
+  )
+
+  def step(carry, token):
+    reward, value, keep = token
+    next_value, next_advantage = carry
+    advantage = reward + discount * next_value - value + discount * trace_decay * next_advantage
+    carry = jnp.where(keep, value, next_value), jnp.where(keep, advantage, next_advantage)
+    return carry, jnp.where(keep, advantage, 0.0)
+
+  zeros = jnp.zeros_like(rewards[:, 0])
+  _, advantages = jax.lax.scan(step, (zeros, zeros), (rewards.T, values.T, keep.T), reverse=True)
+  return advantages.T, advantages.T + values
+
+
+def _scored(rewards, valid):
+  """Rewards as constant float32 with 0 where they are not valid, and where they are: [P, G] each."""
+  chex.assert_rank(rewards, 2)
+  keep = jnp.ones(rewards.shape, bool) if valid is None else valid > 0
+  chex.assert_equal_shape([rewards, keep])
+  return jnp.where(keep, jax.lax.stop_gradient(rewards).astype(jnp.float32), 0.0), keep
+
+
+def _centred(rewards, valid):
+  """Rewards minus the mean over valid members, and the number of these: [P, G], [P, 1]."""
+  informative = informative_groups(rewards, valid=valid)[:, None]
+  rewards, keep = _scored(rewards, valid)
+  size = jnp.sum(keep, axis=-1, keepdims=True).astype(jnp.float32)
+  mean = jnp.sum(rewards, axis=-1, keepdims=True) / jnp.maximum(size, 1)
+  # Equal rewards are found by comparison: the rounding of their mean, over a standard deviation as small, is not small.
+  return jnp.where(keep & informative, rewards - mean, 0.0), size
+
+
+ADVANTAGES = {
+    'group_relative': group_relative,
+    'centered': centered,
+    'leave_one_out': leave_one_out,
+}

@@ -1,0 +1,343 @@
+"""Any per-token loss from hidden states and the unembedding, without the `[B, T, V]` logits.
+
+One sweep over chunks of tokens forms the logits of a chunk, applies a dense per-token function to them and drops them.
+With a mesh the sweep runs inside `shard_map`, each device over chunks of its own tokens: under automatic sharding every
+chunk would carry an all-reduce of dW or a gather of W. The unembedding is gathered over 'fsdp' once before the loop, in
+the compute dtype; its gradient is accumulated in float32 and reduced once after it; the vocabulary stays split over
+'tensor', which only per-token scalars cross inside the loop.
+
+Two entry points, by what happens to the numbers afterwards:
+  reduced: summed with weights known beforehand. dlogits are formed in the forward chunk and nothing is recomputed.
+  per_token: handed out per token and differentiated later (log-probs in RL). The backward recomputes the logits.
+
+Both take chunk=None (from `default_chunk`), a number of tokens that a device handles at a time, or 0: the whole logits
+at once under plain automatic differentiation, which is the reference for the rest.
+
+Per-token function: fn(student_logits [n, V], teacher_logits [n, Vt] or None, targets [n], *, axis_name) on float32
+logits. reduced wants (loss [n], {name: [n]}), per_token {name: [n]}, all float32. V is the local slice where axis_name
+is not None, so fn reduces over the vocabulary with `losses.vocabulary`. Soft caps and temperatures belong into fn; fn
+may close over constants, but asking for their gradient is an error.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from srm_jax import sharding
+
+_MIN_CHUNK = 256
+# For one float32 [chunk, V] array; a step holds two to four. On the CPU a chunk pays while it stays near the caches;
+# on accelerators dW, read and written once a chunk, wants large ones.
+_BUDGET_BYTES = {'cpu': 4 * 2**20, 'gpu': 256 * 2**20, 'tpu': 256 * 2**20}
+
+
+class Head(NamedTuple):
+  """What logits are made of: hidden [B, T, D] in the compute dtype, kernel [D, V] in the parameter dtype."""
+
+  hidden: Any
+  kernel: Any
+
+
+class _Layout(NamedTuple):
+  """Mesh axes that split the rows (tuple), the embed dimension of each kernel and the vocabulary (name or None)."""
+
+  rows: tuple = ()
+  student_embed: str | None = None
+  teacher_embed: str | None = None
+  vocab: str | None = None
+
+
+def reduced(fn, student, targets, weights, *, teacher=None, chunk=None, mesh=None):
+  """Weighted sums of a per-token loss and of its auxiliary numbers.
+
+  total = sum_bt weights_bt loss_bt, and alike for every auxiliary.
+
+  A token of weight exactly 0 adds exactly nothing, whatever its hidden state holds. Gradients flow to the student and
+  to the weights; the teacher, the targets and the auxiliaries carry none.
+
+  Args:
+    fn: per-token function with result (loss [n], {name: [n]}).
+    student: Head of [B, T, D] and [D, V].
+    targets: [B, T], or a pytree of [B, T, ...] where fn needs more per token.
+    weights: [B, T].
+    teacher: Head of [B, T, Dt] and [Dt, Vt], or None.
+    chunk: tokens per step on each device; None from `default_chunk`, 0 all logits at once.
+    mesh: device mesh with Auto axes, or None.
+
+  Returns:
+    (float32 scalar, {name: float32 scalar}).
+
+  Raises:
+    ValueError: chunk is negative.
+    AssertionError: shapes disagree, or fn returns something else than one number per token.
+  """
+  _check(student, teacher, targets, chunk)
+  weights = weights.astype(jnp.float32)
+  if chunk != 0:
+    return _reduced(fn, chunk, mesh, student, teacher, targets, weights)
+  loss, aux = _dense(fn, student, teacher, targets, weights != 0)
+  return _totals(loss, aux, weights)
+
+
+def per_token(fn, student, targets, *, teacher=None, chunk=None, mesh=None):
+  """Per-token numbers that may be differentiated later; the backward recomputes the logits chunk by chunk.
+
+  Gradients flow to the student. A token whose cotangents are all 0 adds exactly nothing to them.
+
+  Args:
+    fn: per-token function with result {name: [n]}.
+    student: Head of [B, T, D] and [D, V].
+    targets: [B, T], or a pytree of [B, T, ...].
+    teacher: Head of [B, T, Dt] and [Dt, Vt], or None.
+    chunk: as in `reduced`.
+    mesh: as in `reduced`.
+
+  Returns:
+    {name: float32 [B, T]}.
+
+  Raises:
+    ValueError, AssertionError: as in `reduced`.
+  """
+  _check(student, teacher, targets, chunk)
+  if chunk != 0:
+    return _per_token(fn, chunk, mesh, student, teacher, targets)
+  return _dense(fn, student, teacher, targets, None)
+
+
+def default_chunk(tokens, vocabulary, *, platform):
+  """Tokens per chunk: one float32 `[chunk, vocabulary]` array in a budget, at least 256, evened out over the chunks.
+
+  The budget is 4 MiB on a CPU and 256 MiB on an accelerator. Chunks below 256 tokens starve the matrix products.
+
+  Args:
+    tokens: tokens of one device.
+    vocabulary: vocabulary entries of one device, the larger of student and teacher.
+    platform: 'cpu', 'gpu' or 'tpu'.
+
+  Returns:
+    int >= 1; `tokens` where one chunk is enough.
+  """
+  limit = max(_MIN_CHUNK, _BUDGET_BYTES[platform] // (4 * vocabulary))
+  chunks = math.ceil(tokens / limit)
+  return max(1, tokens) if chunks <= 1 else 8 * math.ceil(tokens / (8 * chunks))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _reduced(fn, chunk, mesh, student, teacher, targets, weights):
+  (loss, aux), _ = _sweep(fn, chunk, mesh, student, teacher, targets, None)
+  return _totals(loss, aux, weights)
+
+
+def _reduced_forward(fn, chunk, mesh, student, teacher, targets, weights):
+  (loss, aux), gradient = _sweep(fn, chunk, mesh, student, teacher, targets, weights)
+  return _totals(loss, aux, weights), (gradient, jnp.where(weights != 0, loss, 0.0))
+
+
+def _reduced_backward(fn, chunk, mesh, residuals, cotangents):
+  gradient, loss = residuals
+  scale = cotangents[0]  # The auxiliaries' cotangents are dropped: they are metrics.
+  return jax.tree.map(lambda x: (scale * x).astype(x.dtype), gradient), None, None, scale * loss
+
+
+_reduced.defvjp(_reduced_forward, _reduced_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _per_token(fn, chunk, mesh, student, teacher, targets):
+  (outputs, _), _ = _sweep(_without_aux(fn), chunk, mesh, student, teacher, targets, None)
+  return outputs
+
+
+def _per_token_forward(fn, chunk, mesh, student, teacher, targets):
+  return _per_token(fn, chunk, mesh, student, teacher, targets), (student, teacher, targets)
+
+
+def _per_token_backward(fn, chunk, mesh, residuals, cotangents):
+  _, gradient = _sweep(_without_aux(fn), chunk, mesh, *residuals, cotangents)
+  return gradient, None, None
+
+
+_per_token.defvjp(_per_token_forward, _per_token_backward)
+
+
+def _without_aux(fn):
+  return lambda *args, axis_name: (fn(*args, axis_name=axis_name), {})
+
+
+def _totals(loss, aux, weights):
+  # where, not a product alone: the loss of an unweighted token need not be finite.
+  total = lambda x: jnp.sum(jnp.where(weights != 0, weights * x, 0.0))
+  return total(loss), jax.tree.map(lambda x: total(jax.lax.stop_gradient(x)), aux)
+
+
+def _check(student, teacher, targets, chunk):
+  heads = [student] if teacher is None else [student, teacher]
+  for head in heads:
+    chex.assert_rank([head.hidden, head.kernel], [3, 2])
+    chex.assert_axis_dimension(head.kernel, 0, head.hidden.shape[-1])
+  chex.assert_equal_shape_prefix([head.hidden for head in heads] + jax.tree.leaves(targets), 2)
+  if chunk is not None and chunk < 0:
+    raise ValueError(f'chunk {chunk} is negative; give tokens per step, 0 for all at once, None for the default')
+
+
+def _dense(fn, student, teacher, targets, active):
+  """fn on the logits of all tokens, as plain traced code; every leaf of the result is [B, T]."""
+  # Flat first: a weight gradient that contracts two dimensions is markedly slower on the CPU.
+  flat = functools.partial(jax.tree.map, _flat)
+  logits = lambda head: None if head is None else _logits(_where_active(flat(active), flat(head.hidden)), head.kernel)
+  result = _apply(fn, logits(student), jax.lax.stop_gradient(logits(teacher)), flat(targets), None)
+  return jax.tree.map(lambda x: x.reshape(student.hidden.shape[:2]), result)
+
+
+def _sweep(fn, chunk, mesh, student, teacher, targets, cotangents):
+  """((outputs, aux), student gradient or None): every leaf of outputs and aux is [B, T].
+
+  cotangents matches fn's first result; None asks for values alone.
+  """
+  layout = _layout(mesh, student, teacher)
+  platform = jax.default_backend() if mesh is None else _platform(mesh)
+  local = functools.partial(_local_sweep, fn, chunk, platform, layout)
+  if layout == _Layout():
+    return local(student, teacher, targets, cotangents)
+  rows = PartitionSpec(layout.rows)
+  student_spec = Head(rows, PartitionSpec(layout.student_embed, layout.vocab))
+  teacher_spec = Head(rows, PartitionSpec(layout.teacher_embed, layout.vocab))
+  return jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(student_spec, None if teacher is None else teacher_spec, rows, rows),
+    out_specs=(rows, None if cotangents is None else student_spec),
+  )(student, teacher, targets, cotangents)
+
+
+def _layout(mesh, student, teacher):
+  """How the rules of `sharding` split these arrays; what does not divide stays whole."""
+  if mesh is None or mesh.size == 1:
+    return _Layout()
+  rows = sharding.spec(('batch',), student.hidden.shape[:1], mesh)[0] or ()
+  split = lambda head: sharding.spec(('embed', 'vocab'), head.kernel.shape, mesh)
+  embed, vocab = split(student)
+  teacher_embed, teacher_vocab = (None, vocab) if teacher is None else split(teacher)
+  vocab = vocab and teacher_vocab  # One axis_name serves both.
+  # Where every device holds all rows, gathering W by hand would make equal results count as different ones.
+  return _Layout(rows, embed, teacher_embed, vocab) if rows else _Layout(vocab=vocab)
+
+
+def _platform(mesh):
+  device = mesh.abstract_mesh.abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
+def _local_sweep(fn, chunk, platform, layout, student, teacher, targets, cotangents):
+  """The sweep over the tokens of one device."""
+  shape = student.hidden.shape[:2]
+  kernel = _whole_kernel(student, layout.student_embed)
+  teacher_kernel = _whole_kernel(teacher, layout.teacher_embed)
+  widest = max(k.shape[1] for k in (kernel, teacher_kernel) if k is not None)
+  chunk = chunk or default_chunk(math.prod(shape), widest, platform=platform)
+  step = functools.partial(_step, fn, layout.vocab, kernel, teacher_kernel)
+  streams = (student.hidden, None if teacher is None else teacher.hidden, targets, cotangents)
+  start = None if cotangents is None else _zeros(kernel.shape, layout)
+  (outputs, dhidden), dkernel = _over_chunks(step, start, streams, math.ceil(math.prod(shape) / chunk), chunk)
+  outputs, dhidden = jax.tree.map(lambda x: x[: math.prod(shape)].reshape(shape + x.shape[1:]), (outputs, dhidden))
+  return outputs, None if cotangents is None else _reduce_gradient(Head(dhidden, dkernel), layout, student)
+
+
+def _over_chunks(step, dkernel, streams, count, chunk):
+  """step on [b, t, ...] streams, chunk by chunk: ((outputs, dhidden) [>= b t, ...], summed dkernel)."""
+  if count == 1:  # No loop, no padding, and no zeros to add to.
+    outputs, dhidden, dkernel = step(*jax.tree.map(_flat, streams))
+    return (outputs, dhidden), dkernel
+
+  def body(dkernel, piece):
+    outputs, dhidden, added = step(*piece)
+    return (None if added is None else dkernel + added), (outputs, dhidden)
+
+  dkernel, results = jax.lax.scan(body, dkernel, jax.tree.map(lambda x: _split(x, count, chunk), streams))
+  return jax.tree.map(_flat, results), dkernel
+
+
+def _step(fn, axis_name, kernel, teacher_kernel, hidden, teacher_hidden, targets, cotangents):
+  """One chunk: ((outputs, aux), dhidden [n, D], dkernel [D, V] float32); the gradients None without cotangents."""
+  active = None if cotangents is None else _any_nonzero(cotangents)
+  hidden = _where_active(active, hidden)
+  logits = _logits(hidden, kernel)
+  teacher_logits = None if teacher_kernel is None else _logits(_where_active(active, teacher_hidden), teacher_kernel)
+  apply = lambda x: _apply(fn, x, teacher_logits, targets, axis_name)
+  if cotangents is None:
+    return apply(logits), None, None
+  outputs, pull, aux = jax.vjp(apply, logits, has_aux=True)
+  # Masked again: a function may be finite and its derivative not (a square root at 0).
+  dlogits = _where_active(active, pull(cotangents)[0]).astype(hidden.dtype)
+  dhidden = _contract(dlogits, kernel, 1, 1)
+  if axis_name is None:
+    dhidden = dhidden.astype(hidden.dtype)  # Otherwise a partial sum, rounded after the reduction.
+  return (outputs, aux), dhidden, _contract(hidden, dlogits, 0, 0)
+
+
+def _apply(fn, logits, teacher_logits, targets, axis_name):
+  result = fn(logits, teacher_logits, targets, axis_name=axis_name)
+  chex.assert_shape(jax.tree.leaves(result), logits.shape[:1])
+  return result
+
+
+def _reduce_gradient(gradient, layout, student):
+  """Sums the partial gradients of the devices, once, in float32."""
+  dhidden, dkernel = gradient
+  if layout.vocab:
+    dhidden = jax.lax.psum(dhidden, layout.vocab)
+  if layout.student_embed:
+    dkernel = jax.lax.psum_scatter(dkernel, layout.student_embed, scatter_dimension=0, tiled=True)
+  rest = tuple(axis for axis in layout.rows if axis != layout.student_embed)
+  if rest:
+    dkernel = jax.lax.psum(dkernel, rest)
+  return Head(dhidden.astype(student.hidden.dtype), dkernel.astype(student.kernel.dtype))
+
+
+def _contract(left, right, left_axis, right_axis):
+  dimensions = (((left_axis,), (right_axis,)), ((), ()))
+  return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
+
+
+def _logits(hidden, kernel):
+  return _contract(hidden, kernel.astype(hidden.dtype), hidden.ndim - 1, 0)
+
+
+def _whole_kernel(head, axis_name):
+  """The kernel in the compute dtype, cast before it is gathered."""
+  if head is None:
+    return None
+  kernel = head.kernel.astype(head.hidden.dtype)
+  return kernel if axis_name is None else jax.lax.all_gather(kernel, axis_name, axis=0, tiled=True)
+
+
+def _zeros(shape, layout):
+  """float32 zeros, marked as varying over the mesh axes over which the loop's partial sums vary."""
+  axes = layout.rows + ((layout.vocab,) if layout.vocab else ())
+  zeros = jnp.zeros(shape, jnp.float32)
+  return jax.lax.pcast(zeros, axes, to='varying') if axes else zeros
+
+
+def _any_nonzero(cotangents):
+  return functools.reduce(jnp.logical_or, [x != 0 for x in jax.tree.leaves(cotangents)])
+
+
+def _where_active(active, values):
+  return values if active is None else jnp.where(active[..., None], values, jnp.zeros((), values.dtype))
+
+
+def _flat(x):
+  """[b, t, ...] -> [b t, ...]."""
+  return x.reshape((-1,) + x.shape[2:])
+
+
+def _split(x, count, chunk):
+  """[b, t, ...] -> [count, chunk, ...], padded with zeros at the end."""
+  flat = _flat(x)
+  padding = [(0, count * chunk - flat.shape[0])] + [(0, 0)] * (flat.ndim - 1)
+  return jnp.pad(flat, padding).reshape((count, chunk) + flat.shape[1:])

@@ -1,0 +1,10 @@
+"""RECIPES: name -> build(config.recipe, Context) -> Recipe."""
+
+from srm_jax.recipes import distill, on_policy_distill, policy_gradient, sft
+
+RECIPES = {
+    'sft': sft.build,
+    'distill': distill.build,
+    'on_policy_distill': on_policy_distill.build,
+    'policy_gradient': policy_gradient.build,
+}

@@ -1,0 +1,157 @@
+"""What every recipe is given, and how it opens its data: problems of tasks and annotations, as examples."""
+
+import dataclasses
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+
+from srm_jax import checkpoints, schema
+from srm_jax.data import packing, pipeline, records
+from srm_jax.data.tokenizer import Tokenizer
+from srm_jax.models.config import TransformerConfig
+from srm_jax.models.transformer import Transformer
+from srm_jax.tasks import TASKS
+from srm_jax.tasks.task import Task
+from srm_jax.types import Batch, Problem, Prompt, Source
+
+
+class Context(NamedTuple):
+  """The student's config and tokenizer, and the run's seed and length."""
+
+  model: TransformerConfig
+  tokenizer: Tokenizer
+  seed: int
+  num_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Which prompts, and which completions to learn.
+
+  task, split, count, seed: problems of a task, generated or read. records: a file of annotations, which replaces split, count and seed.
+  target: 'solution' learns the problem's own worked solution, 'completion' the annotation's text (only right ones).
+  """
+
+  task: str
+  split: str
+  count: int
+  seed: int
+  records: str
+  target: str
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+  """rows of `length` positions; packing 'plan' fills rows, 'one_per_row' pads."""
+
+  size: int
+  length: int
+  packing: str
+
+
+PLANS = {'plan': packing.plan, 'one_per_row': packing.one_per_row}
+
+
+class Worked(NamedTuple):
+  """One problem with the completion to learn; finished is False where it was cut and must not learn to end."""
+
+  id: str
+  problem: Problem
+  completion: str
+  finished: bool = True
+
+
+def find_task(name: str) -> Task:
+  """TASKS[name], or an error that lists the tasks."""
+  return schema.choose('task', name, TASKS)
+
+
+def _solutions(task, problems):
+  worked = [Worked(problem.id, problem, task.solution(problem)) for problem in problems]
+  return [item for item in worked if item.completion is not None]
+
+
+def _annotations(task, path, target):
+  if not pathlib.Path(path).exists():
+    raise schema.ConfigError(f'data.records {path} does not exist; run the annotation first')
+  kept = [annotation for annotation in records.read(path) if annotation.correct]
+  if target == 'completion':
+    unique = {(a.problem.id, a.completion): a for a in kept}
+    return [Worked(a.id, a.problem, a.completion, a.finished) for a in unique.values()]
+  return _solutions(task, {a.problem.id: a.problem for a in kept}.values())
+
+
+def worked_examples(data: DataConfig) -> list[Worked]:
+  """Problems with completions: gold solutions, or the right annotations without repetitions.
+
+  Raises:
+    ConfigError: unknown task or target, no such file, or nothing left to learn from.
+  """
+  task = find_task(data.task)
+  if data.target not in ('solution', 'completion'):
+    raise schema.unknown('data.target', data.target, ('solution', 'completion'))
+  if data.records:
+    worked = _annotations(task, data.records, data.target)
+  elif data.target == 'completion':
+    raise schema.ConfigError("data.target 'completion' needs data.records, a file of annotations")
+  else:
+    worked = _solutions(task, load_problems(data))
+  if not worked:
+    raise schema.ConfigError(f'nothing to learn from in {data}: no problem with a worked solution, or no right annotation')
+  return worked
+
+
+def load_problems(data: DataConfig) -> list[Problem]:
+  """The problems that the data section names (of the annotations' file where one is given)."""
+  if data.records:
+    return list({a.problem.id: a.problem for a in records.read(data.records)}.values())
+  return find_task(data.task).problems(data.split, count=data.count or None, seed=data.seed)
+
+
+def prompts(task: Task, problems) -> list[Prompt]:
+  return [Prompt(problem.id, task.prompt(problem)) for problem in problems]
+
+
+def encode(task: Task, tokenizer: Tokenizer, worked: list[Worked]) -> list[packing.Example]:
+  """Examples with loss on the completion and its end-of-text."""
+  return [
+      packing.from_prompt_completion(
+          item.id, tokenizer.encode(task.prompt(item.problem)), tokenizer.encode(item.completion),
+          tokenizer.eos_id if item.finished else None,
+      )
+      for item in worked
+  ]
+
+
+def dataset(data: DataConfig, batch: BatchConfig, context: Context) -> Source:
+  """The source of a data section: packed batches of its examples."""
+  examples = encode(find_task(data.task), context.tokenizer, worked_examples(data))
+  return pipeline.dataset_source(
+      examples, batch_size=batch.size, length=batch.length, seed=context.seed,
+      plan=schema.choose('batch.packing', batch.packing, PLANS),
+      process_index=jax.process_index(), process_count=jax.process_count(),
+  )
+
+
+def load_teacher(folder: str, context: Context) -> checkpoints.Model:
+  """A frozen model in the student's compute dtype that shares the student's vocabulary.
+
+  Raises:
+    ConfigError: its tokenizer is another one.
+  """
+  teacher = checkpoints.load_model(folder, dtype=context.model.dtype)
+  if teacher.tokenizer.fingerprint != context.tokenizer.fingerprint:
+    raise schema.ConfigError(
+        f'teacher {folder} has tokenizer {teacher.tokenizer.name} of {teacher.tokenizer.vocab_size} pieces, the student '
+        f'{context.tokenizer.name} of {context.tokenizer.vocab_size}; logits can only be compared over one vocabulary'
+    )
+  return teacher
+
+
+def forward(config: TransformerConfig, params: Any, batch: Batch, *, taps=()):
+  """Hidden states of a packed batch: -> models.transformer.Output without logits."""
+  return Transformer(config).apply(
+      {'params': params}, batch.inputs, positions=batch.positions, segment_ids=batch.segment_ids, logits_at=(), taps=taps
+  )
+

@@ -1,0 +1,75 @@
+"""The on-policy source: prompts of the step, completions of the student, grades. Shared by RL and distillation."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from srm_jax import schema
+from srm_jax.data.records import content_hash
+from srm_jax.inference import make_generate
+from srm_jax.recipes.context import Context, DataConfig, find_task, load_problems
+from srm_jax.rollout import rollout, subsample, to_rollouts
+from srm_jax.types import Mean, Rollouts, SamplingParams, Source
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+  """prompts groups of `samples` completions a step; rows of `length` positions; top_k 0 and top_p 1 sample from all."""
+
+  prompts: int
+  samples: int
+  length: int
+  max_new_tokens: int
+  temperature: float
+  top_k: int
+  top_p: float
+
+
+def check_lengths(config: RolloutConfig, data: DataConfig, context: Context):
+  """Raises ConfigError where the longest prompt and max_new_tokens do not fit in a row."""
+  task = find_task(data.task)
+  lengths = {problem.id: len(context.tokenizer.encode(task.prompt(problem))) for problem in load_problems(data)}
+  longest = max(lengths, key=lengths.get)
+  if lengths[longest] + config.max_new_tokens > config.length:
+    raise schema.ConfigError(
+        f'prompt {longest} has {lengths[longest]} tokens; with max_new_tokens={config.max_new_tokens} it does not fit in '
+        f'rollouts.length={config.length}'
+    )
+
+
+def source(config: RolloutConfig, data: DataConfig, context: Context, *, advantage: Callable | None) -> Source:
+  """Rollouts as a pure function of (params, seed, step), so that the cursor is nothing but the step."""
+  task, problems = find_task(data.task), load_problems(data)
+  if not problems:
+    raise schema.ConfigError(f'no problem to sample for in {data}')
+  check_lengths(config, data, context)
+  identity = {'data_hash': content_hash([problem.id for problem in problems]), 'seed': context.seed}
+  sampling = SamplingParams(
+      temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, max_new_tokens=config.max_new_tokens,
+      samples=config.samples,
+  )
+
+  def next_rollouts(params, step: int) -> Rollouts:
+    generate = make_generate(context.model, params['model'], context.tokenizer, batch_size=config.prompts * config.samples)
+    chosen = subsample(problems, config.prompts, seed=context.seed, step=step)
+    drawn = dataclasses.replace(sampling, seed=context.seed * 1_000_003 + step)
+    groups = rollout(generate, task, chosen, drawn)
+    return to_rollouts(groups, length=config.length, pad_id=context.tokenizer.pad_id, advantage=advantage)
+
+  def set_state(state):
+    if state != identity:
+      raise schema.ConfigError(f'the prompts changed since the checkpoint: {state} then, {identity} now')
+
+  return Source(next_rollouts, lambda: identity, set_state)
+
+
+def metrics(rollouts: Rollouts) -> dict:
+  """Rates that every on-policy run reports, as Means over rows (finished: the last sampled token ended the text)."""
+  rows = jnp.asarray(rollouts.rewards.shape[0], jnp.float32)
+  lengths = jnp.sum(rollouts.batch.loss_mask)
+  return {
+      'reward': Mean(jnp.sum(rollouts.rewards * rollouts.valid), jnp.sum(rollouts.valid)),
+      'completion_tokens': Mean(lengths, rows),
+      'unscorable': Mean(jnp.sum(1 - rollouts.valid), rows),
+  }

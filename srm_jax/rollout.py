@@ -1,0 +1,56 @@
+"""Prompts -> completions -> grades. Annotation writes them, RL trains on them, evaluation averages them."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from srm_jax.data import packing
+from srm_jax.rewards import Graded, grade, reward_arrays
+from srm_jax.tasks.task import Task
+from srm_jax.types import Generate, Problem, Prompt, Rollouts, SamplingParams
+
+
+def rollout(generate: Generate, task: Task, problems: Sequence[Problem], sampling: SamplingParams) -> list[list[Graded]]:
+  """One group of `sampling.samples` graded completions a problem, in order."""
+  prompts = [Prompt(problem.id, task.prompt(problem)) for problem in problems]
+  completions = generate(prompts, sampling)
+  return [grade(task, problem, group) for problem, group in zip(problems, completions, strict=True)]
+
+
+def to_rollouts(
+    groups: Sequence[Sequence[Graded]], *, length: int, pad_id: int, advantage: Callable[..., np.ndarray] | None = None
+) -> Rollouts:
+  """Numpy rollouts of equal-sized groups, one completion a row.
+
+  Args:
+    groups: P groups of G.
+    length: positions of a row.
+    pad_id: fills what is behind a completion.
+    advantage: (rewards [P, G], valid=[P, G]) -> [P, G], or None where no objective reads advantages.
+
+  Returns:
+    Rollouts with B = P G rows; advantages are spread over the sampled tokens of a row.
+
+  Raises:
+    ValueError: a row longer than `length`.
+  """
+  rows = [one.completion for group in groups for one in group]
+  batch, aligned = packing.completions_batch(
+      [row.prompt_tokens for row in rows], [row.tokens for row in rows], length=length, pad_id=pad_id
+  )
+  rewards, valid = reward_arrays(groups)
+  advantages = None
+  if advantage is not None:
+    advantages = np.asarray(advantage(rewards, valid=valid)).reshape(-1)[:, None] * batch.loss_mask
+  return Rollouts(
+      batch=batch, sampler_logprobs=aligned([row.logprobs for row in rows]), advantages=advantages,
+      rewards=rewards.reshape(-1), valid=valid.reshape(-1),
+      group=np.repeat(np.arange(len(groups), dtype=np.int32), len(groups[0])),
+  )
+
+
+def subsample(problems: Sequence[Problem], count: int, *, seed: int, step: int) -> list[Problem]:
+  """`count` problems of step `step`: consecutive slices of a new permutation each epoch, a pure function of (seed, step)."""
+  total, places = len(problems), range(step * count, (step + 1) * count)
+  orders = {epoch: packing.permutation(total, seed, epoch) for epoch in {place // total for place in places}}
+  return [problems[orders[place // total][place % total]] for place in places]

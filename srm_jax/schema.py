@@ -1,0 +1,80 @@
+"""Opens a ConfigDict section as a typed record, and refuses what it does not know before anything compiles."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+T = TypeVar('T')
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot be run. The message names the key, the value and the fix."""
+
+
+def unknown(kind: str, name: Any, choices) -> ConfigError:
+  """The error for a name that is not in a registry, with the nearest valid names first."""
+  near = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=3)
+  hint = f' (did you mean {" or ".join(map(repr, near))}?)' if near else ''
+  return ConfigError(f'{kind} {name!r} unknown{hint}; choose from {sorted(map(str, choices))}')
+
+
+def choose(kind: str, name: str, registry: Mapping[str, T]) -> T:
+  """registry[name], or an error that lists what there is.
+
+  Raises:
+    ConfigError: name is not in the registry.
+  """
+  if name not in registry:
+    raise unknown(kind, name, registry)
+  return registry[name]
+
+
+def parse(cls: type[T], section: Mapping[str, Any], where: str) -> T:
+  """A frozen dataclass from a config section: every field given once, with its type, and nothing else.
+
+  Args:
+    cls: a dataclass; fields that are dataclasses themselves are parsed likewise.
+    section: a ConfigDict or mapping.
+    where: dotted name of the section, for messages.
+
+  Raises:
+    ConfigError: a key is unknown or missing, or a value has the wrong type.
+  """
+  hints, values = typing.get_type_hints(cls), {}
+  fields = {field.name for field in dataclasses.fields(cls)}
+  for key in section:
+    if key not in fields:
+      raise unknown(f'{where}.{key}: key', key, fields)
+  for field in dataclasses.fields(cls):
+    if field.name in section:
+      values[field.name] = _convert(hints[field.name], section[field.name], f'{where}.{field.name}')
+    elif field.default is dataclasses.MISSING:
+      raise ConfigError(f'{where}.{field.name} is missing; {cls.__name__} needs {sorted(fields)}')
+  try:
+    return cls(**values)
+  except ValueError as error:
+    raise ConfigError(f'{where}: {error}') from error
+
+
+def _convert(hint, value, where):
+  if dataclasses.is_dataclass(hint):
+    return parse(hint, value, where)
+  origin = typing.get_origin(hint) or hint
+  if origin in (typing.Union, types.UnionType):
+    hints = typing.get_args(hint)
+    if value is None and type(None) in hints:
+      return None
+    return _convert(next(h for h in hints if h is not type(None)), value, where)
+  if origin is tuple:
+    if not isinstance(value, (tuple, list)):
+      raise ConfigError(f'{where} is {value!r}; expected a tuple')
+    return tuple(value)
+  if origin is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  wrong_bool = isinstance(value, bool) and origin in (int, float)
+  if origin is not Any and isinstance(origin, type) and (wrong_bool or not isinstance(value, origin)):
+    raise ConfigError(f'{where} is {value!r} ({type(value).__name__}); expected {origin.__name__}')
+  return value

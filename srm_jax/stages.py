@@ -1,0 +1,178 @@
+"""A line of stages: training, annotation and evaluation runs that feed each other, each run once.
+
+A pipeline config names its stages in order:
+
+  config.stages.NAME = {'run': 'tokenizer' | 'train' | 'annotate' | 'evaluate' | 'select', 'config': {...}}
+
+Inside a stage's config the string '{NAME}' stands for the workdir of an earlier stage, and '{NAME}/file' for a file in it.
+A stage lives in <workdir>/NAME-<hash of its resolved config>, so sweeps over later stages share the earlier ones, and a
+changed setting never meets an old result.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from srm_jax import schema
+from srm_jax.annotate import annotate
+from srm_jax.data import tokenizer as tokenizers
+from srm_jax.data.records import content_hash
+from srm_jax.evaluate import evaluate
+from srm_jax.recipes.context import DataConfig, find_task, worked_examples
+from srm_jax.train import resolve, train
+
+DONE = 'done.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectConfig:
+  """Chooses the best of several evaluated models: candidates {stage of the model: stage of its evaluation}, by accuracy of `row`."""
+
+  candidates: Mapping[str, Any]
+  row: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+  """Trains a SentencePiece model on prompts and worked solutions; name 'byte' needs none."""
+
+  data: DataConfig
+  vocab_size: int
+  split_by_whitespace: bool
+
+
+class Stage(NamedTuple):
+  """A finished stage: its folder, what later stages see under its name, seconds it took (of all its starts), and its outcome."""
+
+  name: str
+  run: str
+  workdir: pathlib.Path
+  target: pathlib.Path
+  seconds: float
+  outcome: dict[str, Any]
+
+
+def _tokenizer(config, workdir, done):
+  del done
+  config = schema.parse(TokenizerConfig, config, 'config')
+  task = find_task(config.data.task)
+  texts = [task.prompt(item.problem) + item.completion for item in worked_examples(config.data)]
+  workdir.mkdir(parents=True, exist_ok=True)
+  path = tokenizers.train_sentencepiece(
+      texts, workdir / 'tokenizer.model', vocab_size=config.vocab_size, split_by_whitespace=config.split_by_whitespace
+  )
+  tokenizer = tokenizers.load(path)
+  tokens = sum(len(tokenizer.encode(text)) for text in texts)
+  return workdir, {'vocab_size': tokenizer.vocab_size, 'texts': len(texts), 'tokens_per_text': tokens / len(texts)}
+
+
+def _train(config, workdir, done):
+  del done
+  run = train(config, workdir)
+  return workdir, {'step': run.step, **{key: value for key, value in run.metrics[-1].items() if key != 'step'}}
+
+
+def _annotate(config, workdir, done):
+  del done
+  return workdir, annotate(config, workdir).summary
+
+
+def _evaluate(config, workdir, done):
+  del done
+  results = evaluate(config, workdir).results
+  return workdir, {name: {key: row[key] for key in ('accuracy', 'interval', 'n')} for name, row in results.items()}
+
+
+def _select(config, workdir, done: Mapping[str, Stage]):
+  """Picks by dev accuracy; a tie goes to the candidate named first."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  config = schema.parse(SelectConfig, config, 'config')
+  scores = {model: done[stage].outcome[config.row]['accuracy'] for model, stage in config.candidates.items()}
+  chosen = max(scores, key=scores.get)
+  return done[chosen].target, {'chosen': chosen, 'scores': scores}
+
+
+RUNNERS: dict[str, Callable] = {
+    'tokenizer': _tokenizer, 'train': _train, 'annotate': _annotate, 'evaluate': _evaluate, 'select': _select,
+}
+
+
+def _substitute(value, done: Mapping[str, Stage], where: str):
+  """Replaces '{stage}' at the start of strings by the stage's target."""
+  if isinstance(value, Mapping):
+    return {key: _substitute(item, done, f'{where}.{key}') for key, item in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_substitute(item, done, where) for item in value]
+  match = re.match(r'\{(\w+)\}', value) if isinstance(value, str) else None
+  if match is None:
+    return value
+  if match[1] not in done:
+    raise schema.unknown(f'{where}: stage', match[1], done)
+  return str(done[match[1]].target) + value[match.end() :]
+
+
+def _identity(config, done: Mapping[str, Stage]):
+  """The config with references instead of paths, so that a moved workdir keeps its hashes."""
+  names = {str(stage.target): f'{{{stage.workdir.name}}}' for stage in done.values()}
+
+  def one(value):
+    if isinstance(value, Mapping):
+      return {key: one(item) for key, item in value.items() if key != 'progress'}
+    if isinstance(value, (list, tuple)):
+      return [one(item) for item in value]
+    if isinstance(value, str):
+      for path, name in names.items():
+        value = value.replace(path, name)
+    return value
+
+  return one(config)
+
+
+def run_stage(name: str, section: Mapping[str, Any], workdir, done: Mapping[str, Stage]) -> Stage:
+  """Runs one stage, or reads it back where it is finished.
+
+  Args:
+    name: of the stage.
+    section: {'run': ..., 'config': ...}.
+    workdir: folder of the pipeline.
+    done: the stages before it.
+  """
+  section = resolve(section)
+  run = schema.choose(f'stages.{name}.run', section['run'], RUNNERS)
+  config = _substitute(section['config'], done, f'stages.{name}')
+  folder = pathlib.Path(workdir).absolute() / f'{name}-{content_hash(_identity(config, done))[:10]}'
+  path = folder / DONE
+  if path.exists():
+    saved = json.loads(path.read_text())
+    return Stage(name, section['run'], folder, (folder / saved['target']).resolve(), saved['seconds'], saved['outcome'])
+  start = time.perf_counter()
+  target, outcome = run(config, folder, done)
+  seconds = time.perf_counter() - start
+  relative = pathlib.Path('..') / pathlib.Path(target).name if pathlib.Path(target) != folder else pathlib.Path('.')
+  path.write_text(json.dumps({'target': str(relative), 'seconds': seconds, 'outcome': outcome}))
+  return Stage(name, section['run'], folder, pathlib.Path(target), seconds, outcome)
+
+
+def run_stages(config, workdir, *, report: Callable[[Stage], None] = lambda stage: None) -> dict[str, Stage]:
+  """Runs the stages of a pipeline config in order; finished ones are skipped.
+
+  Args:
+    config: with `stages`.
+    workdir: folder of the pipeline.
+    report: called with every finished stage.
+
+  Returns:
+    {name: Stage}.
+
+  Raises:
+    ConfigError: an unknown runner, stage or name in a stage's config.
+  """
+  done: dict[str, Stage] = {}
+  for name, section in config['stages'].items():
+    done[name] = run_stage(name, section, workdir, done)
+    report(done[name])
+  return done

@@ -1,0 +1,269 @@
+"""One loop for every recipe: train(config, workdir) -> Run."""
+
+import dataclasses
+import json
+import logging
+import math
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from srm_jax import checkpoints, diagnostics, metrics, optimizers, schema, sharding
+from srm_jax.data import tokenizer as tokenizers
+from srm_jax.models import transformer
+from srm_jax.models.config import TransformerConfig, forward_flops, train_flops
+from srm_jax.recipes import RECIPES
+from srm_jax.recipes.context import Context
+from srm_jax.train_step import build_train_step, init_state, value_and_grad
+from srm_jax.types import Batch, Params, Recipe, Rollouts, TrainState
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """One training run.
+
+  tokenizer: name, file or workdir. init_from: workdir whose newest parameters to start from; '' starts fresh.
+  model: its vocab_size may be 0 (the tokenizer's). recipe: opened by the recipe itself. mesh: sizes of the mesh axes, () for all
+  devices on 'fsdp'. checkpoint_every 0 saves at the end only. ema_decay 0 keeps no average. overfit_one_batch
+  trains on the batch of step 0 for ever.
+  """
+
+  seed: int
+  num_steps: int
+  tokenizer: str
+  init_from: str
+  model: TransformerConfig
+  recipe: Mapping[str, Any]
+  optimizer: optimizers.OptimizerConfig
+  mesh: tuple
+  microbatches: int
+  ema_decay: float
+  log_every: int
+  checkpoint_every: int
+  keep_checkpoints: int
+  overfit_one_batch: bool
+  progress: bool
+
+
+class Run(NamedTuple):
+  """A finished run: where it is, its last step, its parameters and the rows of metrics.jsonl."""
+
+  workdir: pathlib.Path
+  config: TrainConfig
+  step: int
+  params: Params
+  metrics: list[dict]
+
+
+class NonFiniteError(RuntimeError):
+  """The loss or a gradient stopped being finite; the message names step, place and the saved batch."""
+
+
+class _Setup(NamedTuple):
+  config: TrainConfig
+  context: Context
+  recipe: Recipe
+  mesh: Any
+  frozen: dict
+  names: Any
+  tx: Any
+
+
+def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> dict:
+  """A plain dictionary of the config, JSON types only."""
+  plain = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+  return json.loads(json.dumps(plain))
+
+
+def train(config: ml_collections.ConfigDict, workdir) -> Run:
+  """Trains, or continues, the run of `config` in `workdir`.
+
+  The same call continues where a killed run stopped, and gives the parameters of an uninterrupted one bit for bit.
+
+  Raises:
+    ConfigError: the config does not fit itself, its data, its teacher or the workdir. Nothing has been compiled.
+    NonFiniteError: a loss or gradient is not finite. The last good state is saved as a checkpoint.
+    KeyboardInterrupt: Ctrl-C or SIGTERM; the state is saved first.
+  """
+  plain = resolve(config)
+  parsed = schema.parse(TrainConfig, plain, 'config')
+  workdir = pathlib.Path(workdir)
+  mesh = sharding.make_mesh(parsed.mesh)
+  with jax.set_mesh(mesh):
+    setup = _setup(parsed, mesh)
+    tracked = {key: value for key, value in plain.items() if key != 'progress'}
+    checkpoints.claim(workdir, tracked)
+    checkpoints.describe_model(workdir, setup.context.model, parsed.tokenizer)
+    saved = checkpoints.open_checkpoints(workdir, keep=parsed.keep_checkpoints)
+    try:
+      state = _loop(setup, workdir, saved)
+    finally:
+      saved.close()
+  return Run(workdir, parsed, int(state.step), state.params, metrics.read(workdir))
+
+
+def _setup(config: TrainConfig, mesh) -> _Setup:
+  tokenizer = tokenizers.load(config.tokenizer)
+  model = _model(config, tokenizer)
+  context = Context(model, tokenizer, config.seed, config.num_steps)
+  build = schema.choose('recipe', config.recipe.get('name', ''), RECIPES)
+  recipe = build(config.recipe, context)
+  frozen = {name: params for name, (_, params) in recipe.frozen.items()}
+  names = {'model': transformer.param_names(model)}
+  if recipe.extra_params is not None:
+    extra = jax.eval_shape(recipe.extra_params, jax.random.key(0))
+    names |= jax.tree.map(lambda _: PartitionSpec(), extra)
+  tx = optimizers.make_optimizer(config.optimizer, config.num_steps, names)
+  return _Setup(config, context, recipe, mesh, frozen, names, tx)
+
+
+def _model(config: TrainConfig, tokenizer) -> TransformerConfig:
+  model = config.model
+  if model.vocab_size == 0:
+    model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+  if model.vocab_size < tokenizer.vocab_size:
+    raise schema.ConfigError(f'config.model.vocab_size={model.vocab_size} is below the tokenizer\'s {tokenizer.vocab_size}')
+  if config.init_from:
+    theirs = dataclasses.asdict(checkpoints.model_config(config.init_from))
+    free = {'dtype', 'param_dtype', 'remat', 'unroll', 'max_length'}
+    differing = [f'{k}={v} (there {theirs[k]})' for k, v in dataclasses.asdict(model).items() if k not in free and v != theirs[k]]
+    if differing:
+      raise schema.ConfigError(f'config.model does not fit init_from={config.init_from}: {", ".join(differing)}')
+  return model
+
+
+def _fresh_params(setup: _Setup):
+  params_key, extra_key = jax.random.split(jax.random.key(setup.config.seed))
+
+  def make(params_key, extra_key):
+    extra = {} if setup.recipe.extra_params is None else setup.recipe.extra_params(extra_key)
+    return {'model': transformer.init_params(setup.context.model, params_key), **extra}
+
+  shape = jax.eval_shape(make, params_key, extra_key)
+  placed = sharding.shardings(setup.names, shape, setup.mesh)
+  params = jax.jit(make, out_shardings=placed)(params_key, extra_key)
+  if setup.config.init_from:
+    model = checkpoints.load_model(setup.config.init_from, dtype=setup.context.model.param_dtype)
+    params = {**params, 'model': jax.device_put(model.params, placed['model'])}
+  return params, placed
+
+
+def _fresh_state(setup: _Setup) -> TrainState:
+  params, placed = _fresh_params(setup)
+  init = lambda params: init_state(params, setup.tx, ema=setup.config.ema_decay > 0)
+  shape = jax.eval_shape(init, params)
+  rest = {name: sharding.like_params(getattr(shape, name), params, placed, setup.mesh) for name in ('step', 'opt_state', 'ema')}
+  return jax.jit(init, out_shardings=TrainState(params=placed, **rest))(params)
+
+
+def _restore(setup: _Setup, saved, state: TrainState) -> tuple[TrainState, float]:
+  """The newest whole checkpoint's state and FLOPs so far, with the source's cursor set; `state` where there is none."""
+  prints = {name: checkpoints.fingerprint(params) for name, params in setup.frozen.items()}
+  found = saved.restore_latest(state)
+  if found is None:
+    return state, 0.0
+  if found.meta['frozen'] != prints:
+    raise schema.ConfigError(f'the frozen models changed since the checkpoint: {found.meta["frozen"]} then, {prints} now')
+  setup.recipe.source.set_state(found.meta['source'])
+  _LOG.info('continuing at step %d', int(found.state.step))
+  return found.state, found.meta['flops']
+
+
+def _meta(setup: _Setup, flops: float) -> dict:
+  prints = {name: checkpoints.fingerprint(params) for name, params in setup.frozen.items()}
+  return {'source': setup.recipe.source.get_state(), 'frozen': prints, 'flops': flops}
+
+
+def step_flops(setup_model: TransformerConfig, recipe: Recipe, batch) -> float:
+  """Useful FLOPs of one step: the student's forward and backward, frozen models' forward, and sampling of rollouts."""
+  rows: Batch = getattr(batch, 'batch', batch)
+  tokens, context = int(np.count_nonzero(rows.segment_ids)), float(np.mean(rows.positions))
+  flops = train_flops(setup_model, tokens, context)
+  flops += sum(forward_flops(config, tokens, context) for config, _ in recipe.frozen.values())
+  return flops + (forward_flops(setup_model, tokens, context) if isinstance(batch, Rollouts) else 0.0)
+
+
+class _Interrupts:
+  """Remembers Ctrl-C and SIGTERM until the step boundary."""
+
+  def __enter__(self):
+    self.signal = None
+    self.main = threading.current_thread() is threading.main_thread()
+    names = (signal.SIGINT, signal.SIGTERM) if self.main else ()
+    self.before = {name: signal.signal(name, self._remember) for name in names}
+    return self
+
+  def _remember(self, number, frame):
+    del frame
+    self.signal = number
+
+  def __exit__(self, *_):
+    for name, handler in self.before.items():
+      signal.signal(name, handler)
+
+
+def _loop(setup: _Setup, workdir, saved) -> TrainState:
+  config, recipe = setup.config, setup.recipe
+  for key, value in recipe.objective.resolved.items():
+    _LOG.info('%s: %s', key, value)
+  step_fn = jax.jit(build_train_step(recipe.objective, setup.tx, microbatches=config.microbatches, ema_decay=config.ema_decay), donate_argnums=0)
+  state, flops = _restore(setup, saved, _fresh_state(setup))
+  start = int(state.step)
+  writer = metrics.open_writer(workdir, step=start)
+  bar = metrics.progress(config.recipe['name'], config.num_steps, done=start, disable=not config.progress)
+  key, collected, clock, pending = jax.random.key(config.seed), [], time.perf_counter(), None
+  with _Interrupts() as interrupts, bar:
+    for step in range(start, config.num_steps):
+      host_batch = recipe.source.next(state.params, 0 if config.overfit_one_batch else step)
+      flops += step_flops(setup.context.model, recipe, host_batch)
+      batch = sharding.shard_rows(host_batch, setup.mesh)
+      state, out = step_fn(state, batch, setup.frozen, jax.random.fold_in(key, step))
+      collected.append(out)
+      _check_finite(setup, workdir, saved, state, pending, flops)
+      pending = (step, batch, out)
+      last = step + 1 == config.num_steps
+      if (step + 1) % config.log_every == 0 or last:
+        row = metrics.values(metrics.merge(collected))
+        seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        row |= {'flops': flops, 'seconds_per_step': seconds / len(collected)}
+        writer.write(step + 1, row)
+        collected = []
+        bar.advance(0, loss=row['loss'])
+      bar.advance(1)
+      stop = interrupts.signal is not None
+      if last or stop or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0):
+        _check_finite(setup, workdir, saved, state, pending, flops)
+        saved.save(state, _meta(setup, flops))
+      if stop and not last:
+        writer.close()
+        raise KeyboardInterrupt(f'stopped after step {step + 1}; the same command continues')
+  writer.close()
+  return state
+
+
+def _check_finite(setup: _Setup, workdir, saved, state, pending, flops):
+  """Stops when the step in `pending` was not finite: saves state and batch, and says where it began."""
+  if pending is None or float(pending[2]['finite'].total):
+    return
+  step, batch, _ = pending
+  path = pathlib.Path(workdir) / f'non_finite_batch_{step}.npz'
+  np.savez(path, **{jax.tree_util.keystr(p, simple=True, separator='.'): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(batch)})
+  saved.save(state, _meta(setup, flops))
+  saved.manager.wait_until_finished()
+  key = jax.random.fold_in(jax.random.key(setup.config.seed), step)
+  grads = value_and_grad(setup.recipe.objective, state.params, batch, setup.frozen, key)[1]
+  place = diagnostics.first_non_finite(setup.context.model, state.params, getattr(batch, 'batch', batch), grads)
+  raise NonFiniteError(
+      f'step {step}: not finite, first in {place}. The state before it is saved as checkpoint {int(state.step)}, the batch in {path}. '
+      'Lower the learning rate, or look at the batch'
+  )

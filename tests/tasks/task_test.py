@@ -1,0 +1,71 @@
+"""Every task of the registry keeps the contract of a Task."""
+
+import dataclasses
+import os
+
+import pytest
+
+from srm_jax.tasks import TASKS, task
+from srm_jax.types import Problem
+
+COUNT = 60
+
+
+def _problems(name, split):
+  if name == 'gsm8k' and not os.environ.get('SRM_DATA_DIR'):
+    pytest.skip('SRM_DATA_DIR is not set')
+  return TASKS[name].problems(split, count=COUNT)
+
+
+@pytest.mark.parametrize('name', TASKS)
+def test_gold_solutions_are_right_and_other_answers_are_wrong(name):
+  this = TASKS[name]
+  assert this.name == name and {'train', 'dev', 'test'} <= set(this.splits)
+  for split in this.splits:
+    for problem in _problems(name, split):
+      solution = this.solution(problem)
+      assert solution.endswith(f'\n{this.answer_cue}{problem.answer}')
+      assert this.prompt(problem).endswith('\n') and not this.prompt(problem).endswith('\n\n')
+      assert this.grade(problem, solution) == 1.0
+      assert this.grade(problem, this.answer_cue + problem.answer) == 1.0
+      assert this.grade(problem, solution[:-1] + str((int(solution[-1]) + 1) % 10)) == 0.0
+      assert this.grade(problem, problem.rationale) == 0.0 and this.grade(problem, '') == 0.0
+      assert this.first_wrong_step(problem, solution) is None
+      assert problem.metadata['steps'] == len(solution.splitlines()) - 1 and problem.metadata['family']
+
+
+@pytest.mark.parametrize('name', TASKS)
+def test_splits_share_nothing_and_ids_are_unique(name):
+  seen = {}
+  for split in TASKS[name].splits:
+    problems = _problems(name, split)
+    assert len(problems) == COUNT
+    for problem in problems:
+      assert seen.setdefault(problem.id, split) == split
+  assert len(seen) >= COUNT * (len(TASKS[name].splits) - 1)
+
+
+@pytest.mark.parametrize('name', TASKS)
+def test_unknown_split_names_those_that_exist(name):
+  with pytest.raises(ValueError, match=f"{name}.*'validation'.*train, dev, test"):
+    TASKS[name].problems('validation')
+
+
+@pytest.mark.parametrize('name', TASKS)
+def test_chance_is_the_best_constant_answer(name, monkeypatch):
+  monkeypatch.setattr(task, 'CHANCE_COUNT', COUNT)
+  answers = [problem.answer for problem in _problems(name, 'test')]
+  fresh = dataclasses.replace(TASKS[name])  # chance is cached
+  assert fresh.chance == max(answers.count(answer) for answer in set(answers)) / COUNT < 0.2
+
+
+def test_constant_accuracy_by_hand():
+  problems = [Problem(str(i), '', answer) for i, answer in enumerate(['7', '8', '7', '9'])]
+  assert task.constant_accuracy(problems) == 0.5
+  with pytest.raises(ValueError, match='no problems'):
+    task.constant_accuracy([])
+
+
+def test_solution_without_a_rationale():
+  assert task.worked_solution(Problem('0', 'q', '7')) is None
+  assert task.worked_solution(Problem('0', 'q', '7', rationale='')) == '#### 7'
