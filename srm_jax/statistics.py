@@ -58,7 +58,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
   Reference: Chen et al., Evaluating Large Language Models Trained on Code, arXiv 2107.03374.
   """
   if not 0 <= c <= n or not 1 <= k <= n:
-    raise ValueError(f'pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}; draw at least k samples')
+    raise ValueError(f'pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}; draw k samples or more')
   return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -67,9 +67,9 @@ def majority_at_k(
 ) -> float:
   """Probability that the most frequent of k answers, drawn without replacement from one problem's samples, is right.
 
-  Averages over all C(n, k) subsets where there are at most `subsets`, else over that many random ones; both are unbiased.
-  A subset keeps the order of sampling. A tie goes to the answer seen first. None does not vote; where nobody votes the
-  result is wrong.
+  Averages over all C(n, k) subsets where there are at most `subsets`, else over that many random ones; both are
+  unbiased. A subset keeps the order of sampling. A tie goes to the answer seen first. None does not vote;
+  where nobody votes the result is wrong.
 
   Args:
     answers: final answer of each sample, comparable by ==; None where there is none.
@@ -85,7 +85,7 @@ def majority_at_k(
   """
   n = len(answers)
   if len(correct) != n or not 1 <= k <= n:
-    raise ValueError(f'majority_at_k needs one grade an answer and 1 <= k <= n, got {n} answers, {len(correct)} grades, k={k}')
+    raise ValueError(f'majority_at_k needs a grade an answer and 1 <= k <= n, got {n}, {len(correct)} grades, k={k}')
   names = list(dict.fromkeys(answer for answer in answers if answer is not None))
   if not names:
     return 0.0
@@ -150,7 +150,8 @@ def bootstrap_interval(
 
 
 def paired_test(
-    a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+    a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, *, level: float = 0.95, resamples: int = 10_000,
+    seed: int = 0
 ) -> PairedTest:
   """Compares two systems on the same problems.
 
@@ -185,7 +186,9 @@ def paired_test(
   return PairedTest(difference, low, high, _sign_flip_p(a - b, resamples, seed), n)
 
 
-def pooled_paired_test(a: np.ndarray, b: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> PooledPairedTest:
+def pooled_paired_test(
+    a: np.ndarray, b: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> PooledPairedTest:
   """Compares two systems over several seeds, each pair of runs on the same problems.
 
   A sign-flip permutation test on the mean over seeds of each problem's difference: a problem's differences of all seeds
@@ -224,12 +227,15 @@ def _normal_quantile(level: float) -> float:
   return float(special.ndtri((1 + level) / 2))
 
 
-def _paired_arrays(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, *, ndim: int) -> tuple[np.ndarray, np.ndarray]:
+def _paired_arrays(
+    a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, *, ndim: int
+) -> tuple[np.ndarray, np.ndarray]:
   a, b = (np.asarray(values, dtype=np.float64) for values in (a, b))
   if a.shape != b.shape or a.ndim != ndim or a.size == 0:
-    raise ValueError(f'paired scores have shapes {a.shape} and {b.shape}; both must be the same {"[N]" if ndim == 1 else "[S, N]"}')
+    wanted = '[N]' if ndim == 1 else '[S, N]'
+    raise ValueError(f'paired scores have shapes {a.shape} and {b.shape}; both must be the same {wanted}')
   if not (np.isfinite(a).all() and np.isfinite(b).all()):
-    raise ValueError('paired scores hold NaN or infinity; leave out the problems that either system cannot be scored on')
+    raise ValueError('paired scores hold NaN or infinity; leave out problems that either system cannot be scored on')
   return a, b
 
 

@@ -151,7 +151,7 @@ def _fresh_params(setup: _Setup):
 
   shape = jax.eval_shape(make, params_key, extra_key)
   placed = sharding.shardings(setup.names, shape, setup.mesh)
-  params = jax.jit(make, out_shardings=placed)(params_key, extra_key)
+  params = jax.jit(make, out_shardings=placed, compiler_options=_once(setup.mesh))(params_key, extra_key)
   if setup.config.init_from:
     model = checkpoints.load_model(setup.config.init_from, dtype=setup.context.model.param_dtype)
     params = {**params, 'model': jax.device_put(model.params, placed['model'])}
@@ -163,7 +163,12 @@ def _fresh_state(setup: _Setup) -> TrainState:
   init = lambda params: init_state(params, setup.tx, ema=setup.config.ema_decay > 0)
   shape = jax.eval_shape(init, params)
   rest = {name: sharding.like_params(getattr(shape, name), params, placed, setup.mesh) for name in ('step', 'opt_state', 'ema')}
-  return jax.jit(init, out_shardings=TrainState(params=placed, **rest))(params)
+  return jax.jit(init, out_shardings=TrainState(params=placed, **rest), compiler_options=_once(setup.mesh))(params)
+
+
+def _once(mesh) -> dict:
+  """Compiler options of a program that runs once: LLVM takes seconds to optimise random numbers that take milliseconds."""
+  return {'xla_backend_optimization_level': 0} if mesh.devices.flat[0].platform == 'cpu' else {}
 
 
 def _restore(setup: _Setup, saved, state: TrainState) -> tuple[TrainState, float]:

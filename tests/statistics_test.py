@@ -38,7 +38,8 @@ def _majority_by_hand(answers, correct, k):
 
 
 @pytest.mark.parametrize('answers', [
-    ['7', '8', '7', '9', '8', '7'], ['8', '7', '7', '8'], [None, '7', None, '8', '7'], ['7', '8', '9'], [None, '8', '9', '7', '7', '9']])
+    ['7', '8', '7', '9', '8', '7'], ['8', '7', '7', '8'], [None, '7', None, '8', '7'], ['7', '8', '9'],
+    [None, '8', '9', '7', '7', '9']])
 def test_majority_matches_enumeration(answers):
   correct = [answer == '7' for answer in answers]
   for k in range(1, len(answers) + 1):
@@ -69,7 +70,8 @@ def test_majority_refuses_more_votes_than_samples():
 
 def test_wilson_against_published_values():
   # Newcombe, Two-sided confidence intervals for the single proportion, 1998, table I.
-  for successes, n, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (29, 29, 0.8830, 1.0)]:
+  for successes, n, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611),
+      (29, 29, 0.8830, 1.0)]:
     assert statistics.wilson_interval(successes, n) == pytest.approx((low, high), abs=6e-5)
 
 
@@ -166,7 +168,8 @@ def test_pooled_test_with_one_seed_has_no_seed_interval():
 
 
 @pytest.mark.parametrize('a, b, message', [
-    ([1, 0], [1], 'shapes'), ([], [], 'shapes'), ([1, np.nan], [1, 0], 'NaN'), (np.ones((2, 2)), np.ones((2, 2)), 'shapes')])
+    ([1, 0], [1], 'shapes'), ([], [], 'shapes'), ([1, np.nan], [1, 0], 'NaN'),
+    (np.ones((2, 2)), np.ones((2, 2)), 'shapes')])
 def test_paired_test_refuses(a, b, message):
   with pytest.raises(ValueError, match=message):
     statistics.paired_test(a, b)

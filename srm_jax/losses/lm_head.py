@@ -33,7 +33,8 @@ from srm_jax import sharding
 _MIN_CHUNK = 256
 # For one float32 [chunk, V] array; a step holds two to four. On the CPU a chunk pays while it stays near the caches;
 # on accelerators dW, read and written once a chunk, wants large ones.
-_BUDGET_BYTES = {'cpu': 4 * 2**20, 'gpu': 256 * 2**20, 'tpu': 256 * 2**20}
+_CPU_BUDGET_BYTES = 4 * 2**20
+_ACCELERATOR_BUDGET_BYTES = 256 * 2**20
 
 
 class Head(NamedTuple):
@@ -117,12 +118,13 @@ def default_chunk(tokens, vocabulary, *, platform):
   Args:
     tokens: tokens of one device.
     vocabulary: vocabulary entries of one device, the larger of student and teacher.
-    platform: 'cpu', 'gpu' or 'tpu'.
+    platform: name of a JAX backend, such as 'cpu' or 'tpu'.
 
   Returns:
     int >= 1; `tokens` where one chunk is enough.
   """
-  limit = max(_MIN_CHUNK, _BUDGET_BYTES[platform] // (4 * vocabulary))
+  budget = _CPU_BUDGET_BYTES if platform == 'cpu' else _ACCELERATOR_BUDGET_BYTES
+  limit = max(_MIN_CHUNK, budget // (4 * vocabulary))
   chunks = math.ceil(tokens / limit)
   return max(1, tokens) if chunks <= 1 else 8 * math.ceil(tokens / (8 * chunks))
 
@@ -267,12 +269,12 @@ def _step(fn, axis_name, kernel, teacher_kernel, hidden, teacher_hidden, targets
   active = None if cotangents is None else _any_nonzero(cotangents)
   hidden = _where_active(active, hidden)
   logits = _logits(hidden, kernel)
-  teacher_logits = None if teacher_kernel is None else _logits(_where_active(active, teacher_hidden), teacher_kernel)
+  teacher_logits = None if teacher_kernel is None else _logits(teacher_hidden, teacher_kernel)
   apply = lambda x: _apply(fn, x, teacher_logits, targets, axis_name)
   if cotangents is None:
     return apply(logits), None, None
   outputs, pull, aux = jax.vjp(apply, logits, has_aux=True)
-  # Masked again: a function may be finite and its derivative not (a square root at 0).
+  # Masked again: the teacher need not be finite here, nor the derivative (a square root at 0).
   dlogits = _where_active(active, pull(cotangents)[0]).astype(hidden.dtype)
   dhidden = _contract(dlogits, kernel, 1, 1)
   if axis_name is None:

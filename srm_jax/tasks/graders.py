@@ -3,9 +3,10 @@ r"""Final answers: finding them in a completion, and deciding whether two are eq
 `math_equal` never raises, never hangs and never executes text. Its bounds count work (length, nesting, digits,
 exponents, executed lines), not seconds: a busy machine changes no verdict, and any thread may call it.
 
-Its convention, where graders of the field disagree: equality is mathematical, not textual (3245/5 = 649); units, currency,
-degree and percent signs are decoration (84\% = 84, and therefore != 0.84); x = 5 equals 5; a tuple, an interval and a
-matrix are ordered, a set or a bare list is not; a decimal equals a fraction where both agree in at least six decimals.
+Its convention, where graders of the field disagree: equality is mathematical, not textual (3245/5 = 649); units,
+currency, degree and percent signs are decoration (84\% = 84, and therefore != 0.84); x = 5 equals 5; a tuple, an
+interval and a matrix are ordered, a set or a bare list is not; a decimal equals a fraction where both agree in at least
+six decimals.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ MAX_ANSWER = 256  # characters: the longest gold answer of MATH has 159
 MAX_NESTING = 12
 MAX_DIGITS = 24  # of one number
 MAX_POWER = 1000  # product of all integers in exponents
-MAX_LINES = 1_500_000  # executed inside the computer algebra: under a second, and 97 % of comparisons in MATH need less
+MAX_LINES = 1_000_000  # executed inside the computer algebra: about half a second
 MAX_ELEMENTS = 16
 ROUNDED_PLACES = 6
 
@@ -39,7 +40,7 @@ def extract_hash_answer(text: str) -> str | None:
 
 
 def extract_boxed(text: str) -> str | None:
-  r"""Content of the last \boxed{...} (or \fbox) whose braces balance, stripped; None where there is none or it is empty."""
+  r"""Content of the last \boxed{...} or \fbox{...} whose braces balance, stripped; None where there is none."""
   starts = {match.end() - 1 for match in re.finditer(r'\\f?box(?:ed)?\s?\{', text)}
   open_braces: list[int] = []
   best = (-1, -1)
@@ -105,10 +106,15 @@ def _as_text(value: Any) -> str | None:
   return str(value).strip() or None
 
 
-_REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple((re.compile(pattern), replacement) for pattern, replacement in (
+_UNITS = '|'.join(
+    'degrees? units? percent points? dollars? cents? inch(?:es)? f(?:ee|oo)t miles? mph yards? meters? centimeters? '
+    'kilometers? cm km mm kg grams? pounds? ounces? gallons? liters? seconds? minutes? hours? days? weeks? months? '
+    'years? people ways?'.split())
+_SPELLINGS = (
     (r'\\f?box(?:ed)?\s*\{(.*)\}', r'\1'),
     (r'^(?:\\\(|\\\[|\$+)(.*?)(?:\\\)|\\\]|\$+)$', r'\1'),
-    (r'[−–]', '-'), ('×', r'\\times '), ('÷', '/'), ('·', r'\\cdot '), ('π', r'\\pi '), ('∞', r'\\infty '), ('°', ''),
+    (r'[−–]', '-'), ('×', r'\\times '), ('÷', '/'), ('·', r'\\cdot '),
+    ('π', r'\\pi '), ('∞', r'\\infty '), ('°', ''),
     (r'(?<!\\)\\[!,;: ]|\\q?quad|~', ' '),
     (r'\\(?:left|right|displaystyle|limits|[bB]igg?[lr]?)(?![a-zA-Z])', ''),
     (r'\\[dtc]frac', r'\\frac'),
@@ -117,10 +123,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple((re.compile(pattern),
     (r'\\?[%$]', ''),
     (r'(?<=.)\\(?:text|mbox)\s*\{[a-zA-Z .]*\}\s*(?:\^\s*\{?[23]\}?)?\.?$', ''),
     (r'\\(?:text|mbox|textbf|textrm|mathrm|mathbf|textit)\s*\{([^{}]*)\}', r' \1 '),
-    (r'(?<=[\d})\\])\s*(?:square |cubic |sq\. ?|cu\. ?)?(?:' + '|'.join((
-        'degrees?', 'units?', 'percent', 'points?', 'dollars?', 'cents?', 'inch(?:es)?', 'f(?:ee|oo)t', 'miles?', 'mph', 'yards?',
-        'meters?', 'centimeters?', 'kilometers?', 'cm', 'km', 'mm', 'kg', 'grams?', 'pounds?', 'ounces?', 'gallons?', 'liters?',
-        'seconds?', 'minutes?', 'hours?', 'days?', 'weeks?', 'months?', 'years?', 'people', 'ways?')) + r')\s*(?:\^\s*\{?[23]\}?)?$', ''),
+    (rf'(?<=[\d}})\\])\s*(?:square |cubic |sq\. ?|cu\. ?)?(?:{_UNITS})\s*(?:\^\s*\{{?[23]\}}?)?$', ''),
     (r'\\frac\s*(\d)\s*(\d)', r'\\frac{\1}{\2}'),
     (r'\\frac\s*(\d)\s*\{', r'\\frac{\1}{'),
     (r'\\sqrt\s*(\w)', r'\\sqrt{\1}'),
@@ -129,7 +132,8 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple((re.compile(pattern),
     (r'(?<![a-zA-Z\d]) | (?![a-zA-Z\d])', ''),
     (r'[.,]+$', ''),
     (r'^\{([^{},]*)\}$', r'\1'),
-))
+)
+_REWRITES = tuple((re.compile(pattern), replacement) for pattern, replacement in _SPELLINGS)
 
 
 def normalize_answer(text: str) -> str:
@@ -139,6 +143,8 @@ def normalize_answer(text: str) -> str:
   return text
 
 
+_CLAIM = re.compile(r'^.*(?:=|\\in(?![a-zA-Z]))\s*')
+_NAMED = re.compile(r'^[a-zA-Z](?:_\{?\w+\}?|\([\w,]*\))?(?:=|\\in(?![a-zA-Z]))\s*')
 _SET_NOTATION = re.compile(r'[<>=]|\\(?:le|ge|lt|gt|ne|in|pm|cup|cap|begin|mathbb)')
 
 
@@ -146,7 +152,7 @@ def _equal(gold: str, prediction: str, budget: list[int]) -> bool:
   """Equality of normalised answers; budget[0] is what the algebra may still spend."""
   if not gold or not prediction:
     return False
-  if gold == prediction or len(gold) > 1 and gold.isalpha() and gold.lower() == prediction.lower():  # a word, not a variable
+  if gold == prediction or len(gold) > 1 and gold.isalpha() and gold.lower() == prediction.lower():  # case of a word
     return True
   values = as_rational(gold), as_rational(prediction)
   if None not in values:
@@ -156,9 +162,9 @@ def _equal(gold: str, prediction: str, budget: list[int]) -> bool:
     return _elements_equal(*parts, budget)
   if parts != (None, None) and not _SET_NOTATION.search(gold + prediction):
     return False
-  for sign in ('=', '\\in '):  # 'x=5' answers '5', but not 'y=5'
-    if (sign in gold) != (sign in prediction):
-      return _equal(gold.rpartition(sign)[2], prediction.rpartition(sign)[2], budget)
+  values = _NAMED.sub('', gold), _CLAIM.sub('', prediction)
+  if (_CLAIM.match(gold) is None) != (_CLAIM.match(prediction) is None) and values != (gold, prediction):
+    return _equal(*values, budget)  # 'x=5' answers '5', but not 'y=5'
   return _algebra_equal(gold, prediction, budget)
 
 
@@ -218,7 +224,8 @@ def _encloses(inner: str) -> bool:
   return depth == 0
 
 
-def _elements_equal(gold: tuple[str, list[str], str], prediction: tuple[str, list[str], str], budget: list[int]) -> bool:
+def _elements_equal(gold: tuple[str, list[str], str], prediction: tuple[str, list[str], str],
+    budget: list[int]) -> bool:
   """Same brackets and equal elements, in order unless it is a set or a bare list."""
   (left, golds, right), (other_left, predictions, other_right) = gold, prediction
   if max(len(golds), len(predictions)) > MAX_ELEMENTS:
@@ -233,10 +240,11 @@ def _elements_equal(gold: tuple[str, list[str], str], prediction: tuple[str, lis
 
 # Commands whose evaluation is bounded by the length of the text. Sums, integrals, limits, gamma functions are not.
 _COMMANDS = frozenset((
-    'frac sqrt pi cdot times div pm mp infty cup cap in notin le leq ge geq lt gt ne neq emptyset varnothing mathbb sin cos tan '
-    'cot sec csc arcsin arccos arctan log ln exp lg text mathrm begin end pmatrix bmatrix vmatrix matrix overline ldots dots '
-    'cdots alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi varphi psi omega Delta Omega Theta mid mod '
-    'binom dbinom tbinom lfloor rfloor lceil rceil langle rangle vec hat sim approx equiv').split())
+    'frac sqrt pi cdot times div pm mp infty cup cap in notin le leq ge geq lt gt ne neq emptyset varnothing mathbb '
+    'sin cos tan cot sec csc arcsin arccos arctan log ln exp lg text mathrm begin end pmatrix bmatrix vmatrix matrix '
+    'overline ldots dots cdots '
+    'alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi varphi psi omega Delta Omega '
+    'Theta mid mod binom dbinom tbinom lfloor rfloor lceil rceil langle rangle vec hat sim approx equiv').split())
 
 
 def _within_bounds(text: str) -> bool:
@@ -323,7 +331,8 @@ def _with_budget(budget: list[int], function: Callable[..., Any], *arguments: An
 
 
 # Compared once at the start: the grammar's tables and SymPy's lazy imports cost more lines than any answer may.
-_WARM_UP = (('(x-2)(x+2)', 'x^2-4'), ('[1,2]\\cup(3,4)', '(3,4)\\cup[1,2]'), ('\\frac{\\sqrt{2}}{2}<y', 'y>\\sin(1)'))
+_WARM_UP = (
+    ('(x-2)(x+2)', 'x^2-4'), ('[1,2]\\cup(3,4)', '(3,4)\\cup[1,2]'), ('\\frac{\\sqrt{2}}{2}<y', 'y>\\sin(1)'))
 
 
 @functools.cache
@@ -333,7 +342,8 @@ def _algebra() -> Callable[[str, str], bool]:
   from math_verify import verify
 
   logging.getLogger('math_verify').setLevel(logging.ERROR)  # it warns that its clock is off: the bounds are here
-  config = NormalizationConfig(basic_latex=True, units=True, malformed_operators=True, nits=True, boxed='none', equations=False)
+  config = NormalizationConfig(basic_latex=True, units=True, malformed_operators=True, nits=True, boxed='none',
+      equations=False)
 
   def compare(gold: str, prediction: str) -> bool:
     # The LaTeX grammar only: math-verify's other parser evaluates text as Python.

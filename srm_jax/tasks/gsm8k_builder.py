@@ -26,15 +26,18 @@ class GradeSchoolMath(tfds.core.GeneratorBasedBuilder):
   VERSION = tfds.core.Version('1.0.0')
   url_infos = {
       f'{_PREFIX}train.jsonl': checksums.UrlInfo(
-          size=4166206, checksum='17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465', filename='train.jsonl'),
+          size=4166206, checksum='17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465',
+              filename='train.jsonl'),
       f'{_PREFIX}test.jsonl': checksums.UrlInfo(
-          size=749738, checksum='3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14', filename='test.jsonl'),
+          size=749738, checksum='3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14',
+              filename='test.jsonl'),
   }
 
   def _info(self) -> tfds.core.DatasetInfo:
     features = tfds.features.FeaturesDict({'line': tfds.features.Text(), 'index': tfds.features.Scalar(np.int64)})
     return tfds.core.DatasetInfo(
-        builder=self, features=features, disable_shuffling=True, homepage='https://github.com/openai/grade-school-math')
+        builder=self, features=features, disable_shuffling=True,
+            homepage='https://github.com/openai/grade-school-math')
 
   def _split_generators(self, dl_manager):
     paths = dl_manager.download({info.filename.removesuffix('.jsonl'): url for url, info in self.url_infos.items()})

@@ -73,10 +73,11 @@ def _read(split: str, folder: str | None) -> tuple[Problem, ...]:
   if folder is None:
     from srm_jax.tasks import gsm8k_builder  # needs tensorflow-datasets only here
 
-    return tuple(parse_gsm8k(gsm8k_builder.read_lines(split), source=f'tensorflow-datasets gsm8k {split}', split=split))
+    return tuple(parse_gsm8k(gsm8k_builder.read_lines(split), source=f'tensorflow-datasets gsm8k {split}',
+    split=split))
   path = pathlib.Path(folder) / 'gsm8k' / f'{split}.jsonl.gz'
   if not path.exists():
-    raise FileNotFoundError(f'{path} not found; point SRM_DATA_DIR at a folder that has it, or unset it to download GSM8K')
+    raise FileNotFoundError(f'{path} not found; point SRM_DATA_DIR at a folder with it, or unset it to download GSM8K')
   try:
     with gzip.open(path, 'rt', encoding='utf-8') as lines:
       return tuple(parse_gsm8k(lines, source=str(path), split=split))

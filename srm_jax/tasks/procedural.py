@@ -31,10 +31,10 @@ SPLIT_BUCKETS = {0: 'test', 1: 'dev'}  # of ten; every other bucket is train
 class Family(NamedTuple):
   """One Reasoning Gym data set and its step oracle.
 
-  settings: arguments of the generator that the oracle relies on or that keep it cheap; a task's settings are merged over them.
+  settings: arguments of the generator that the oracle relies on; a task's settings are merged over them.
   facts(entry) -> metadata that the oracle, the verifier and the split need; None drops the entry.
   steps(facts) -> (rationale lines, answer).
-  preamble: constant opening of the question that the prompt leaves out, since it says nothing or contradicts showing work.
+  preamble: constant opening of the question that the prompt leaves out: it says nothing, or forbids showing work.
   """
 
   settings: Mapping[str, Any]
@@ -45,7 +45,7 @@ class Family(NamedTuple):
 
 def _apply(a: int, operator: str, b: int) -> int:
   if operator not in _OPERATIONS:
-    raise ValueError(f"basic_arithmetic has no rationale for operator {operator!r}; set operators to some of '+', '-', '*'")
+    raise ValueError(f"basic_arithmetic has no rationale for {operator!r}; set operators to some of '+', '-', '*'")
   return _OPERATIONS[operator](a, b)
 
 
@@ -105,7 +105,9 @@ def interval_steps(facts: Mapping[str, Any]) -> tuple[list[str], str]:
   return lines, f'{hours:02d}:{minutes % 60:02d}'
 
 
-_EQUATION = re.compile(r'(?:(?P<before>-?\d+) (?=[+-]))?(?P<sign>[+-]? ?)(?:(?P<factor>\d+)\*)?[a-z](?: (?P<after>[+-] \d+))? = (?P<right>-?\d+)')
+_EQUATION = re.compile(
+    r'(?:(?P<before>-?\d+) (?=[+-]))?(?P<sign>[+-]? ?)(?:(?P<factor>\d+)\*)?[a-z](?: (?P<after>[+-] \d+))?'
+    r' = (?P<right>-?\d+)')
 
 
 def equation_steps(facts: Mapping[str, Any]) -> tuple[list[str], str]:
@@ -138,7 +140,8 @@ def _pick(*keys: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
 
 FAMILIES: dict[str, Family] = {
     'chain_sum': Family(
-        {}, _pick('expression'), expression_steps, preamble='State the final answer to the following arithmetic problem: '),
+        {}, _pick('expression'), expression_steps,
+            preamble='State the final answer to the following arithmetic problem: '),
     'basic_arithmetic': Family(
         {'operators': ('+', '-', '*'), 'allow_negation': False}, _pick('expression'), expression_steps),
     'leg_counting': Family(
@@ -165,11 +168,13 @@ PRESETS: dict[str, dict[str, Mapping[str, Mapping[str, Any]]]] = {
         'families': {
             'leg_counting': {'min_animals': 2, 'max_animals': 4, 'min_instances': 1, 'max_instances': 9},
             'time_intervals': {'max_time_difference_seconds': 12 * 3600},
-            'simple_equations': {'min_terms': 2, 'max_terms': 2, 'min_value': 1, 'max_value': 20, 'operators': ('+', '-', '*')},
+            'simple_equations': {'min_terms': 2, 'max_terms': 2, 'min_value': 1, 'max_value': 20,
+            'operators': ('+', '-', '*')},
         },
         'hard': {
             'leg_counting': {'min_animals': 5, 'max_animals': 6, 'min_instances': 1, 'max_instances': 9},
-            'simple_equations': {'min_terms': 2, 'max_terms': 2, 'min_value': 21, 'max_value': 50, 'operators': ('+', '-', '*')},
+            'simple_equations': {'min_terms': 2, 'max_terms': 2, 'min_value': 21, 'max_value': 50,
+            'operators': ('+', '-', '*')},
         },
     },
 }
@@ -254,8 +259,8 @@ def generate(
     if problem is None:
       found = sum(other.metadata['family'] == family for other in problems)
       raise ValueError(
-          f'task {name!r}, split {split!r}: family {family!r} with {dict(families[family])} has only about {found} distinct '
-          f'problems, and {count} problems need {-(-count // len(families))} of it; ask for fewer or widen its settings')
+          f'task {name!r}, split {split!r}: family {family!r} with {dict(families[family])} has only about {found} '
+          f'distinct problems, and {count} problems need {-(-count // len(families))} of it; ask for fewer or widen it')
     problems.append(problem)
   return problems
 
@@ -316,5 +321,6 @@ def procedural_task(
     return generate(name, settings[split], split, count=count, seed=seed)
 
   return task.Task(
-      name=name, domain='math', splits=tuple(settings), problems=problems, prompt=prompt, solution=task.worked_solution,
+      name=name, domain='math', splits=tuple(settings), problems=problems, prompt=prompt,
+          solution=task.worked_solution,
       extract=graders.extract_hash_answer, grade=grade, first_wrong_step=first_wrong_step)

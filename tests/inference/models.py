@@ -2,8 +2,11 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
 
 from srm_jax.models import transformer
 from srm_jax.models.config import TransformerConfig
@@ -30,14 +33,16 @@ class Characters:
 
 
 @functools.cache
-def params(seed: int = 0, scale: float = 2.0):
-  """Parameters with biases that are not zero and logits that are not flat."""
-  tree = jax.jit(transformer.init_params, static_argnums=0)(CONFIG, jax.random.key(seed))
-  leaves, treedef = jax.tree.flatten(tree)
-  keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-  noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-  tree = jax.tree.unflatten(treedef, noisy)
-  return {**tree, 'head': tree['head'] * scale}
+def params(seed: int = 0):
+  """Random parameters: norms near one, biases that are not zero, logits that are not flat."""
+  rng = np.random.default_rng(seed)
+
+  def draw(names, leaf):
+    scale = 0.3 if len(leaf.shape) > 2 or names[0] in ('vocab', 'embed') else 0.1
+    return jnp.asarray(rng.normal('norm' in names, scale, leaf.shape), jnp.float32)
+
+  abstract = nn.meta.unbox(transformer.abstract_params(CONFIG))
+  return jax.tree.map(draw, transformer.param_names(CONFIG), abstract, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 @functools.partial(jax.jit, static_argnames='config')
@@ -47,5 +52,6 @@ def _full(config, tree, tokens):
 
 def full_logits(tree, tokens, *, config=CONFIG, length=64):
   """Logits [T, V] of one unpadded sequence by a forward pass without a cache (right-padded to one compiled shape)."""
-  padded = jnp.zeros((1, length), jnp.int32).at[0, : len(tokens)].set(jnp.asarray(tokens, jnp.int32))
-  return _full(config, tree, padded)[0, : len(tokens)]
+  padded = np.zeros((1, length), np.int32)
+  padded[0, : len(tokens)] = tokens
+  return np.asarray(_full(config, tree, padded))[0, : len(tokens)]

@@ -14,7 +14,8 @@ import pytest
 from srm_jax.tasks import TASKS, graders, math
 
 RAW = [
-    {'question': f'Ann has {i} pens and buys {i + 1}. How many?', 'answer': f'She has {i}+{i + 1} = <<{i}+{i + 1}={2 * i + 1}>>{2 * i + 1}.\n#### {2 * i + 1:,}'}
+    {'question': f'Ann has {i} pens and buys {i + 1}. How many?',
+        'answer': f'She has {i}+{i + 1} = <<{i}+{i + 1}={2 * i + 1}>>{2 * i + 1}.\n#### {2 * i + 1:,}'}
     for i in range(600)]
 
 needs_data = pytest.mark.skipif(not os.environ.get('SRM_DATA_DIR'), reason='SRM_DATA_DIR is not set')
@@ -44,7 +45,8 @@ def test_both_layouts_give_the_same_problem():
 
 @pytest.mark.parametrize('line', [
     '{"question": "q"', '["q", "a"]', '{"question": "q"}', '{"question": "q", "answer": "no mark"}',
-    '{"question": "q", "answer": "x\\n#### many"}', '{"question": " ", "answer": "x\\n#### 1"}', '{"question": 3, "answer": "#### 1"}', ''])
+    '{"question": "q", "answer": "x\\n#### many"}', '{"question": " ", "answer": "x\\n#### 1"}',
+    '{"question": 3, "answer": "#### 1"}', ''])
 def test_a_malformed_record_names_file_and_line(folder, line):
   _write(folder, RAW[:2] + [line + '\n'])
   with pytest.raises(ValueError, match=r'train\.jsonl\.gz, line 3: malformed GSM8K record'):
@@ -75,13 +77,15 @@ def test_dev_is_a_fixed_slice_of_train(folder):
 def test_count_is_a_prefix_of_a_seeded_permutation(folder):
   _write(folder, RAW)
   problems = TASKS['gsm8k'].problems
-  assert problems('train', count=20, seed=1)[:5] == problems('train', count=5, seed=1) != problems('train', count=5, seed=2)
+  assert problems('train', count=20, seed=1)[:5] == problems('train', count=5, seed=1) != problems('train', count=5,
+      seed=2)
   with pytest.raises(ValueError, match='problems, not 700'):
     problems('train', count=700)
 
 
 @pytest.mark.parametrize('text, answer', [
-    ('so\n#### 72', '72'), ('#### $1,234.', '1234'), ('#### -5\nmore', '-5'), ('#### 72 apples', '72'), ('####72', '72'),
+    ('so\n#### 72', '72'), ('#### $1,234.', '1234'), ('#### -5\nmore', '-5'), ('#### 72 apples', '72'),
+    ('####72', '72'),
     ('#### 7\n#### 8', '7'), ('72', None), ('####', None), ('#### many', None), ('#### .', None)])
 def test_strict_extraction(text, answer):
   assert math.extract_gsm8k(text) == answer
@@ -114,7 +118,8 @@ def mirror(tmp_path, monkeypatch):
     content = ''.join(json.dumps(record) + '\n' for record in records).encode()
     (files / f'{split}.jsonl').write_bytes(content)
     url = f'http://127.0.0.1:{server.server_port}/{split}.jsonl'
-    infos[url] = checksums.UrlInfo(size=len(content), checksum=hashlib.sha256(content).hexdigest(), filename=f'{split}.jsonl')
+    infos[url] = checksums.UrlInfo(size=len(content), checksum=hashlib.sha256(content).hexdigest(),
+        filename=f'{split}.jsonl')
   monkeypatch.setattr(gsm8k_builder.GradeSchoolMath, 'url_infos', infos)
   monkeypatch.setenv('no_proxy', '127.0.0.1')
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'data'))

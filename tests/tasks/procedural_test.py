@@ -28,7 +28,8 @@ def _task(*families):
     (procedural.expression_steps, {'expression': '( 2 + 3 ) * -4'}, ['2+3=5', '5*-4=-20'], '-20'),
     (procedural.expression_steps, {'expression': '-( 2 - 5 ) + 1'}, ['2-5=-3', '0--3=3', '3+1=4'], '4'),
     (procedural.expression_steps, {'expression': '1 - -( 2 * 3 )'}, ['2*3=6', '0-6=-6', '1--6=7'], '7'),
-    (procedural.leg_steps, {'animals': {'deer': 3, 'ant': 1}}, ['3 deers 3*4=12 0+12=12', '1 ant 1*6=6 12+6=18'], '18'),
+    (procedural.leg_steps, {'animals': {'deer': 3, 'ant': 1}}, ['3 deers 3*4=12 0+12=12', '1 ant 1*6=6 12+6=18'],
+    '18'),
     (procedural.interval_steps, {'start': '02:05', 'end': '08:14'}, ['14-5=9', '8-2=6'], '06:09'),
     (procedural.interval_steps, {'start': '18:54', 'end': '19:29'}, ['29-54=-25', '60-25=35', '19-18-1=0'], '00:35'),
     (procedural.equation_steps, {'equation': '3*x + 4 = 19'}, ['19-4=15', '15/3=5'], '5'),
@@ -42,7 +43,7 @@ def test_steps_by_hand(steps, facts, lines, answer):
 
 
 def test_steps_without_a_rule_say_what_to_set():
-  with pytest.raises(ValueError, match="operator '/'"):
+  with pytest.raises(ValueError, match="no rationale for '/'"):
     procedural.expression_steps({'expression': '6 / 3'})
   with pytest.raises(ValueError, match='linear'):
     procedural.equation_steps({'equation': 'x**2 = 4'})
@@ -68,7 +69,8 @@ def test_oracle_agrees_with_reasoning_gym_and_corrects_its_missing_precedence():
     for entry in reasoning_gym.create_dataset(family, seed=7, size=100, **arguments):
       made = procedural._to_problem(family, entry)
       assert made is None or made[1].answer == entry['answer']
-  flat = reasoning_gym.create_dataset('basic_arithmetic', seed=7, size=100, allow_parentheses=False, operators=['+', '*'])
+  flat = reasoning_gym.create_dataset('basic_arithmetic', seed=7, size=100, allow_parentheses=False,
+      operators=['+', '*'])
   pairs = [(procedural._to_problem('basic_arithmetic', entry)[1].answer, entry) for entry in flat]
   assert all(answer == str(eval(entry['metadata']['expression'])) for answer, entry in pairs)
   assert any(answer != entry['answer'] for answer, entry in pairs)
@@ -112,7 +114,8 @@ def test_no_computation_crosses_splits_whatever_seed_wording_order_or_family():
 
 
 def test_hard_is_harder_and_disjoint_from_train_even_when_settings_overlap():
-  this = procedural.procedural_task('t', {'chain_sum': {'max_terms': 3}}, hard={'chain_sum': {'min_terms': 3, 'max_terms': 5}})
+  this = procedural.procedural_task('t', {'chain_sum': {'max_terms': 3}},
+      hard={'chain_sum': {'min_terms': 3, 'max_terms': 5}})
   hard = this.problems('hard', count=80)
   assert max(problem.metadata['steps'] for problem in hard) == 4
   assert not {problem.id for problem in hard} & {problem.id for problem in this.problems('train', count=2000)}
@@ -122,7 +125,7 @@ def test_hard_is_harder_and_disjoint_from_train_even_when_settings_overlap():
 
 def test_an_exhausted_space_is_a_clear_error():
   this = procedural.procedural_task('tiny', {'chain_sum': {'min_terms': 2, 'max_terms': 2, 'max_digits': 1}})
-  with pytest.raises(ValueError, match=r"'tiny', split 'train': family 'chain_sum'.*about 1\d\d distinct.*500 problems"):
+  with pytest.raises(ValueError, match=r"'tiny', split 'train'.*'chain_sum'.*about 1\d\d distinct.*500 problems"):
     this.problems('train', count=500)
 
 
@@ -157,7 +160,8 @@ def test_first_wrong_step(text, index):
 
 
 @pytest.mark.parametrize('answer, grade', [
-    ('39', 1.0), ('39.0', 1.0), ('+39', 1.0), ('390', 0.0), ('3', 0.0), ('39 or 40', 0.0), ('nan', 0.0), ('', 0.0), ('٣٩', 0.0),
+    ('39', 1.0), ('39.0', 1.0), ('+39', 1.0), ('390', 0.0), ('3', 0.0), ('39 or 40', 0.0), ('nan', 0.0), ('', 0.0),
+    ('٣٩', 0.0),
     ('9' * 1000, 0.0), ('1e999999999', 0.0)])
 def test_grade_gives_full_marks_or_none(answer, grade):
   assert procedural.grade(PROBLEM, f'12+34=46\n#### {answer}') == grade

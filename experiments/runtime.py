@@ -1,0 +1,102 @@
+"""What XLA must be told before JAX starts. Only mains and the tests' conftest call this; the library never does.
+
+XLA reads its flags once, at the first computation, and aborts the process on a flag that it does not know.
+"""
+
+import hashlib
+import importlib.metadata
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+ONEDNN = '--xla_cpu_experimental_onednn_custom_call=true'
+
+# Run in a process of its own, since the answer to an unknown flag is SIGABRT: is the product that the flag replaces right?
+_TRIAL = """
+import jax, jax.numpy as jnp
+a = (jnp.arange(64 * 96) % 7 - 3).reshape(64, 96).astype(jnp.bfloat16)
+b = (jnp.arange(64 * 80) % 5 - 2).reshape(64, 80).astype(jnp.bfloat16)
+product = jax.jit(lambda a, b: a.T @ b)(a, b).astype(jnp.float32)
+exact = a.astype(jnp.float32).T @ b.astype(jnp.float32)
+assert jnp.max(jnp.abs(product - exact)) <= 0.01 * jnp.max(jnp.abs(exact))
+"""
+
+
+def prepare(cache_dir: str | os.PathLike | None = None):
+  """Faster bfloat16 products where the chip and JAX have them, and compiled programs kept from run to run.
+
+  Args:
+    cache_dir: where verdicts and compiled programs are kept; None takes $XDG_CACHE_HOME/srm_jax or ~/.cache/srm_jax.
+      A folder that cannot be written costs time in later runs, nothing else.
+  """
+  cache = pathlib.Path(cache_dir or pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'srm_jax')).expanduser()
+  if not _set_already('xla_cpu_experimental_onednn_custom_call') and _worth_trying() and _accepted(ONEDNN, cache):
+    _add_flag(ONEDNN)
+  _keep_compiled_programs(cache / 'xla')
+
+
+def set_virtual_devices(count: int):
+  """Makes the CPU look like `count` devices, in place of an earlier count; other flags stay."""
+  flags = re.sub(r'--xla_force_host_platform_device_count=\S*', '', os.environ.get('XLA_FLAGS', ''))
+  os.environ['XLA_FLAGS'] = ' '.join([*flags.split(), f'--xla_force_host_platform_device_count={count}'])
+
+
+def _set_already(name: str) -> bool:
+  return re.search(rf'--{name}(=|\s|$)', os.environ.get('XLA_FLAGS', '')) is not None
+
+
+def _add_flag(flag: str):
+  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flag}'.strip()
+
+
+def _chip() -> str:
+  """/proc/cpuinfo's lines on the first core; '' off Linux."""
+  try:
+    return pathlib.Path('/proc/cpuinfo').read_text(encoding='utf-8').split('\n\n')[0]
+  except OSError:
+    return ''
+
+
+def _worth_trying() -> bool:
+  """Without AMX the flag was measured to change nothing, and before JAX 0.12 to be slower."""
+  version = tuple(int(part) for part in re.findall(r'\d+', importlib.metadata.version('jax'))[:2])
+  return version >= (0, 12) and re.search(r'\bamx_bf16\b', _chip()) is not None
+
+
+def _accepted(flag: str, cache: pathlib.Path) -> bool:
+  """Whether a process with the flag multiplies rightly; asked once per flag, jaxlib and chip."""
+  chip = re.sub(r'.*(MHz|bogomips|apicid|processor|core id|physical id).*\n?', '', _chip())
+  key = hashlib.sha256('\n'.join([flag, importlib.metadata.version('jaxlib'), sys.version, chip]).encode()).hexdigest()[:16]
+  verdict = cache / f'flag-{key}'
+  if verdict.exists():
+    return verdict.read_text() == 'accepted'
+  accepted = _try(flag)
+  try:
+    cache.mkdir(parents=True, exist_ok=True)
+    verdict.write_text('accepted' if accepted else 'refused')
+  except OSError:
+    pass
+  return accepted
+
+
+def _try(flag: str) -> bool:
+  environment = os.environ | {'XLA_FLAGS': flag, 'JAX_PLATFORMS': 'cpu'}
+  try:
+    return subprocess.run([sys.executable, '-c', _TRIAL], env=environment, capture_output=True, timeout=60).returncode == 0
+  except (OSError, subprocess.TimeoutExpired):
+    return False
+
+
+def _keep_compiled_programs(folder: pathlib.Path):
+  """JAX reads the variable when it is imported; a JAX that is there already is told as well."""
+  if os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+    return
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError:
+    return
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder)
+  if 'jax' in sys.modules:
+    sys.modules['jax'].config.update('jax_compilation_cache_dir', str(folder))

@@ -1,0 +1,27 @@
+"""Runs before any test is imported: eight virtual CPU devices, no silent broadcasting, one place for compiled programs.
+
+All of it stands in environment variables, so that processes which tests start inherit it.
+"""
+
+import os
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from experiments import runtime  # noqa: E402
+
+if 'jax' in sys.modules:
+  raise RuntimeError('jax was imported before tests/conftest.py: its devices can no longer be set')
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.jax_cache'))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
+runtime.set_virtual_devices(8)
+
+
+def pytest_configure(config):
+  config.addinivalue_line('markers', 'slow: minutes rather than seconds; only bash tests/run.sh --all runs it')
+  # Tests mirror the library, so two folders may hold files of one name; only this mode tells them apart.
+  config.option.importmode = 'importlib'

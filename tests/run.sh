@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Runs the tests: bash tests/run.sh [--all] [pytest's own options and paths]
+# --all adds what is marked slow: notebooks, kill tests, every family's parity. Real data is found through SRM_DATA_DIR.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. experiments/environment.sh
+
+selection=(-m 'not slow')
+extras=(test)
+arguments=()
+for argument in "$@"; do
+  case $argument in
+    --all) selection=(); extras=(test notebooks tpu) ;;
+    *) arguments+=("$argument") ;;
+  esac
+done
+prepare_environment "${extras[@]}"
+
+if [ -z "${SRM_DATA_DIR:-}" ] && [ -d ../shared/data ]; then
+  SRM_DATA_DIR=$(cd ../shared/data && pwd)
+  export SRM_DATA_DIR
+fi
+# tests is the path only where the caller named none: pytest reads options and paths in any order.
+paths=(tests)
+for argument in ${arguments[@]+"${arguments[@]}"}; do
+  case $argument in tests*) paths=() ;; esac
+done
+exec "$venv_python" -m pytest -q --durations=15 ${selection[@]+"${selection[@]}"} \
+  ${arguments[@]+"${arguments[@]}"} ${paths[@]+"${paths[@]}"}
