@@ -56,7 +56,7 @@ def rollouts(*, prompts=32, samples=8, length=192, max_new_tokens=128, temperatu
 def distillation(divergence='forward_kl', *, weight=1.0, cross_entropy=0.0, hidden=0.0, feature='cosine', layers='skip', **options):
   return ConfigDict(dict(
       cross_entropy=cross_entropy, weight=weight, divergence=divergence, options=options, temperature=1.0,
-      scale_by_squared_temperature=False, hidden=dict(weight=hidden, feature=feature, layers=layers), head_chunk=0,
+      scale_by_squared_temperature=False, hidden=dict(weight=hidden, feature=feature, layers=layers), head_chunk=None,
   ))
 
 
@@ -79,7 +79,7 @@ def train(recipe, *, tokenizer, model, optimizer, num_steps, seed=1, init_from='
   ) | options)
 
 
-def sft(data, batch, *, head_chunk=0):
+def sft(data, batch, *, head_chunk=None):
   return ConfigDict(dict(name='sft', data=data, batch=batch, head_chunk=head_chunk))
 
 
@@ -96,7 +96,7 @@ def grpo(data, rollouts, *, kl=0.0, reference='', clip_high=0.2):
       name='policy_gradient', data=data, rollouts=rollouts, advantage=dict(name='group_relative', options=dict(ddof=1, eps=1e-6)),
       surrogate=dict(name='clipped', options=dict(clip_low=0.2, clip_high=clip_high)),
       reduction=dict(name='sequence_mean_token_mean', options={}),
-      kl=dict(coef=kl, estimator='k3', reference=reference), head_chunk=0,
+      kl=dict(coef=kl, estimator='k3', reference=reference), head_chunk=None,
   ))
 
 

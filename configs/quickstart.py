@@ -25,10 +25,11 @@ def get_config(arg: str = ''):
   annotated = base.data(task, records='{annotate}/annotations.jsonl', target='completion')
   same_prompts = base.data(task, records='{annotate}/annotations.jsonl', target='solution')
   rows = base.batch(s.rows, s.length)
-  stages = ConfigDict()
+  stages, order = {}, []
 
   def add(name, run, config):
     stages[name] = dict(run=run, config=config)
+    order.append(name)
 
   def training(name, recipe, shape, run_seed, **options):
     add(name, 'train', base.train(
@@ -42,7 +43,7 @@ def get_config(arg: str = ''):
         batch_size=s.decode_rows, seed=seed + offset, **options,
     ))
 
-  add('tokenizer', 'tokenizer', dict(data=gold | dict(count=s.teacher_problems), vocab_size=s.vocab, split_by_whitespace=False))
+  add('tokenizer', 'tokenizer', dict(data=base.data(task, count=s.teacher_problems, seed=seed + 3), vocab_size=s.vocab, split_by_whitespace=False))
   training('teacher', base.sft(base.data(task, count=s.teacher_problems, seed=seed + 3), rows), 'teacher', seed + 3)
   add('annotate', 'annotate', base.annotate(
       '{teacher}', fresh, base.sampling(samples=s.annotations, max_new_tokens=s.new_tokens, seed=seed + 4), batch_size=s.decode_rows,
@@ -63,7 +64,7 @@ def get_config(arg: str = ''):
     kind = 'on_policy' if arm == 'on_policy' else 'arm'
     training(arm, recipe, 'student', seed + 6, init_from='{base}', steps='arm', optimizer=kind)
     evaluation(f'dev_{arm}', f'{{{arm}}}', 'dev', s.dev, DEV, greedy)
-  add('best', 'select', dict(candidates={arm: f'dev_{arm}' for arm in arms}, row='greedy'))
+  add('best', 'select', dict(candidates={arm: f'{{dev_{arm}}}' for arm in arms}, row='greedy'))
   training('rl', base.grpo(
       base.data(task, count=s.rl_problems, seed=seed + 7),
       base.rollouts(prompts=s.rl_prompts, samples=s.group, length=s.row, max_new_tokens=s.new_tokens),
@@ -77,4 +78,4 @@ def get_config(arg: str = ''):
       direct=base.strategy('direct'), greedy=base.strategy(), sample=base.strategy(temperature=1.0),
       majority=base.strategy('self_consistency', **many), best_of_n=base.strategy('best_of_n', **many),
   ), scorer='{teacher}')
-  return ConfigDict(dict(seed=a.seed, task=task, size=a.size, stages=stages))
+  return ConfigDict(dict(seed=a.seed, task=task, size=a.size, order=tuple(order), stages=stages))

@@ -8,7 +8,7 @@ _GENTLE = dict(name='muon', learning_rate=1e-3, matrix_learning_rate=0.005)
 _RL = dict(name='adamw', learning_rate=3e-4, schedule='constant', warmup_steps=5, weight_decay=0.0)
 
 _ARITHMETIC = dict(
-    vocab=512, length=128, row=160, context=256, new_tokens=112, rows=32, decode_rows=256,
+    vocab=512, length=160, row=176, context=256, new_tokens=120, rows=12, decode_rows=256,
     teacher=dict(embed_dim=128, num_layers=4, num_heads=4, mlp_dim=384),
     student=dict(embed_dim=64, num_layers=3, num_heads=4, mlp_dim=192),
     divergence='forward_kl', on_policy_divergence='reverse_kl', hidden_weight=1.0,

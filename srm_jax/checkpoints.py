@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import pathlib
+import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -95,7 +96,7 @@ class Checkpoints(NamedTuple):
       except Exception as error:  # orbax and tensorstore raise many types; each means that this one is unusable
         _LOG.warning('checkpoint %d is damaged (%s); trying the one before it', step, str(error)[:200])
         folder = pathlib.Path(self.manager.directory) / str(step)
-        folder.rename(folder.with_name(f'damaged-{step}'))
+        folder.rename(folder.with_name(f'damaged-{step}-{time.time_ns()}'))
         self.manager.reload()
     if steps:
       raise ValueError(f'none of the checkpoints {steps} in {self.manager.directory} can be read; remove the folder to start anew')
@@ -113,6 +114,26 @@ class Checkpoints(NamedTuple):
       raise ValueError('its content does not match the fingerprint that was saved with it')
     return Restored(state, found['meta'])
 
+  def restore_params(self, step: int, names: Params) -> Params:
+    """The parameters of a step, checked, where the current mesh wants them; on one device where there is no mesh.
+
+    Args:
+      names: {'model': tree of logical names}; what is not named is whole on every device.
+    """
+    mesh = jax.sharding.get_mesh()
+    mesh = sharding.make_mesh((1, 1, 1), jax.local_devices()[:1]) if mesh.empty else mesh
+    found = dict(self.manager.item_metadata(step)['params'])
+    saved = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), found)
+    names = {key: names.get(key, jax.tree.map(lambda _: jax.sharding.PartitionSpec(), tree)) for key, tree in saved.items()}
+    like = jax.tree.map(
+        lambda x, place: x.update(sharding=place), saved, sharding.shardings(names, saved, mesh)
+    )
+    items = ocp.args.Composite(params=ocp.args.StandardRestore(like), meta=ocp.args.JsonRestore())
+    found = self.manager.restore(step, args=items)
+    if found['meta']['fingerprints']['params'] != fingerprint(found['params']):
+      raise ValueError('its content does not match the fingerprint that was saved with it')
+    return found['params']
+
   def close(self):
     self.manager.wait_until_finished()
     self.manager.close()
@@ -126,7 +147,16 @@ def open_checkpoints(workdir, *, keep: int = 2) -> Checkpoints:
   """The checkpoints below a workdir, of which the newest `keep` stay."""
   folder = pathlib.Path(workdir).absolute() / 'checkpoints'
   options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-  return Checkpoints(ocp.CheckpointManager(folder, options=options))
+  handlers = {'params': ocp.StandardCheckpointHandler(), 'rest': ocp.StandardCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()}
+  return Checkpoints(ocp.CheckpointManager(folder, options=options, item_handlers=handlers))
+
+
+def write_whole(path, text: str):
+  """Writes a file so that a kill leaves the old one or the new one, never a part."""
+  path = pathlib.Path(path)
+  temporary = path.with_name(f'{path.name}.tmp')
+  temporary.write_text(text)
+  temporary.replace(path)
 
 
 def claim(workdir, config: Mapping[str, Any]):
@@ -143,16 +173,14 @@ def claim(workdir, config: Mapping[str, Any]):
       raise ConfigError(f'{workdir} was begun with another config: {"; ".join(differing)}. Use another --workdir')
     return
   workdir.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(config, indent=1, sort_keys=True))
-  temporary.rename(path)
+  write_whole(path, json.dumps(config, indent=1, sort_keys=True))
 
 
 def describe_model(workdir, config: TransformerConfig, tokenizer: str):
   """Writes what `load_model` needs beside the parameters: the TransformerConfig and a copy of the tokenizer."""
   workdir = pathlib.Path(workdir)
   tokenizers.copy(tokenizer, workdir / 'tokenizer')
-  (workdir / 'model.json').write_text(json.dumps(dataclasses.asdict(config), indent=1))
+  write_whole(workdir / 'model.json', json.dumps(dataclasses.asdict(config), indent=1))
 
 
 def _differences(old, new, where='config') -> list[str]:
@@ -195,13 +223,15 @@ def load_model(folder, *, dtype: str | None = None) -> Model:
   steps = sorted(checkpoints.manager.all_steps(), reverse=True)
   if not steps:
     raise ConfigError(f'{folder} has no finished checkpoint; let its training run save one first')
-  found = checkpoints.manager.restore(
-      steps[0], args=ocp.args.Composite(params=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
-  )
-  checkpoints.close()
-  if found['meta']['fingerprints']['params'] != fingerprint(found['params']):
-    raise ConfigError(f'checkpoint {steps[0]} of {folder} is damaged; run its training again, it falls back by itself')
-  params = place(config, found['params']['model'], dtype)
+  try:
+    saved = checkpoints.restore_params(steps[0], {'model': transformer.param_names(config)})
+  except Exception as error:  # as in restore_latest
+    raise ConfigError(
+        f'checkpoint {steps[0]} of {folder} is damaged ({str(error)[:200]}); run its training again, it falls back by itself'
+    ) from error
+  finally:
+    checkpoints.close()
+  params = place(config, saved['model'], dtype)
   return Model(config, params, tokenizers.load(str(pathlib.Path(folder) / 'tokenizer')), steps[0], fingerprint(params))
 
 

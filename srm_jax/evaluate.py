@@ -71,18 +71,31 @@ def evaluate(config: ml_collections.ConfigDict, workdir) -> Evaluation:
     ConfigError: unknown names or types, a workdir of another config, no model.
   """
   plain = resolve(config)
-  parsed = schema.parse(EvaluateConfig, plain, 'config')
-  rows = {name: schema.parse(StrategyConfig, row, f'config.strategies.{name}') for name, row in parsed.strategies.items()}
-  if not rows:
-    raise schema.ConfigError(f'config.strategies is empty; name at least one of {sorted(strategies.STRATEGIES)}')
-  for row in rows.values():
-    schema.choose('strategy', row.name, strategies.STRATEGIES)
+  parsed, rows = open_config(plain, 'config')
   workdir = pathlib.Path(workdir)
   with jax.set_mesh(sharding.make_mesh(parsed.mesh)):
     tracked = {key: value for key, value in plain.items() if key != 'progress'}
     checkpoints.claim(workdir, tracked)
     results = _run(parsed, rows, workdir)
   return Evaluation(workdir, results)
+
+
+def open_config(plain: Mapping[str, Any], where: str) -> tuple[EvaluateConfig, dict[str, StrategyConfig]]:
+  """The typed config and its rows.
+
+  Raises:
+    ConfigError: a key or name is unknown, a value has the wrong type, or a row lacks what it needs.
+  """
+  config = schema.parse(EvaluateConfig, plain, where)
+  rows = {name: schema.parse(StrategyConfig, row, f'{where}.strategies.{name}') for name, row in config.strategies.items()}
+  if not rows:
+    raise schema.ConfigError(f'{where}.strategies is empty; name at least one of {sorted(strategies.STRATEGIES)}')
+  schema.choose('score', config.score, REDUCTIONS)
+  for row in rows.values():
+    schema.choose('strategy', row.name, strategies.STRATEGIES)
+    if row.name == 'best_of_n' and not config.scorer:
+      raise schema.ConfigError(f'strategy best_of_n needs {where}.scorer, the workdir of the model that scores')
+  return config, rows
 
 
 class _Bench(NamedTuple):
@@ -104,6 +117,8 @@ def _run(config: EvaluateConfig, rows: Mapping[str, StrategyConfig], workdir) ->
   scorer = checkpoints.load_model(config.scorer) if config.scorer else None
   task = find_task(config.data.task)
   problems = load_problems(config.data)
+  if not problems:
+    raise schema.ConfigError(f'no problem to evaluate on in {config.data}')
   bar = metrics.progress('evaluate', len(problems) * sum(row.samples for row in rows.values()), disable=not config.progress)
   generate = make_generate(model.config, model.params, model.tokenizer, batch_size=config.batch_size)
   bench = _Bench(task, problems, generate, None if scorer is None else _score_function(config, scorer))
@@ -113,7 +128,7 @@ def _run(config: EvaluateConfig, rows: Mapping[str, StrategyConfig], workdir) ->
       graded = _row(config, bench, row, rows, pools)
       results[name] = summarize(graded, model.config, None if scorer is None else scorer.config)
       _write_completions(workdir / f'completions_{len(results) - 1}.jsonl', name, graded)
-      path.write_text(json.dumps(results))
+      checkpoints.write_whole(path, json.dumps(results))
       bar.advance(row.samples * len(problems), accuracy=results[name]['accuracy'])
   return results
 
@@ -143,8 +158,6 @@ def _bind(row: StrategyConfig, bench: _Bench) -> Callable[[Generate], Generate]:
   if row.name == 'self_consistency':
     return lambda generate: build(generate, extract=bench.task.extract, samples=row.samples)
   if row.name == 'best_of_n':
-    if bench.scored is None:
-      raise schema.ConfigError('strategy best_of_n needs config.scorer, the workdir of the model that scores')
     return lambda generate: build(generate, score=bench.scored, samples=row.samples)
   return build
 

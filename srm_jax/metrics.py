@@ -36,9 +36,10 @@ def merge(collected: list[dict[str, Mean | Max]]) -> dict[str, Mean | Max]:
 
 
 def read(workdir) -> list[dict]:
-  """The rows of a run's metrics.jsonl, in order; none if there is no such file."""
+  """The rows of a run's metrics.jsonl, in order; none if there is no such file. A line that a kill cut short is left out."""
   path = pathlib.Path(workdir) / 'metrics.jsonl'
-  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+  lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+  return [json.loads(line) for line in lines if line.endswith('\n')]
 
 
 class Writer(NamedTuple):
@@ -79,8 +80,9 @@ class Progress(NamedTuple):
     self.bar.stop()
 
   def advance(self, amount: float, **figures: float):
-    text = '  '.join(f'{name} {value:.4g}' for name, value in figures.items())
-    self.bar.update(self.task, advance=amount, figures=text)
+    """Moves on; the figures stay until others are given."""
+    text = {'figures': '  '.join(f'{name} {value:.4g}' for name, value in figures.items())} if figures else {}
+    self.bar.update(self.task, advance=amount, **text)
 
 
 def progress(title: str, total: float, *, done: float = 0, disable: bool = False) -> Progress:

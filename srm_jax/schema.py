@@ -2,10 +2,14 @@
 
 import dataclasses
 import difflib
+import functools
+import inspect
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
+
+import ml_collections
 
 T = TypeVar('T')
 
@@ -32,6 +36,23 @@ def choose(kind: str, name: str, registry: Mapping[str, T]) -> T:
   return registry[name]
 
 
+def bind(kind: str, name: str, options: Mapping[str, Any], registry: Mapping[str, Callable]) -> Callable:
+  """registry[name] with its options filled in.
+
+  Raises:
+    ConfigError: name is not in the registry, the function has no such option, or one that it needs is missing.
+  """
+  function = choose(kind, name, registry)
+  known = {key: value for key, value in inspect.signature(function).parameters.items() if value.kind is value.KEYWORD_ONLY}
+  for key in options:
+    if key not in known:
+      raise unknown(f'option of {kind} {name!r}', key, known)
+  missing = [key for key, value in known.items() if value.default is value.empty and key not in options]
+  if missing:
+    raise ConfigError(f'{kind} {name!r} needs the options {missing}')
+  return functools.partial(function, **options)
+
+
 def parse(cls: type[T], section: Mapping[str, Any], where: str) -> T:
   """A frozen dataclass from a config section: every field given once, with its type, and nothing else.
 
@@ -43,6 +64,9 @@ def parse(cls: type[T], section: Mapping[str, Any], where: str) -> T:
   Raises:
     ConfigError: a key is unknown or missing, or a value has the wrong type.
   """
+  section = section.to_dict() if isinstance(section, ml_collections.ConfigDict) else section
+  if not isinstance(section, Mapping):
+    raise ConfigError(f'{where} is {section!r}; expected a section with {sorted(f.name for f in dataclasses.fields(cls))}')
   hints, values = typing.get_type_hints(cls), {}
   fields = {field.name for field in dataclasses.fields(cls)}
   for key in section:

@@ -1,7 +1,8 @@
 """A line of stages: training, annotation and evaluation runs that feed each other, each run once.
 
-A pipeline config names its stages in order:
+A pipeline config names its stages, and their order (a ConfigDict sorts its keys):
 
+  config.order = ('NAME', ...)
   config.stages.NAME = {'run': 'tokenizer' | 'train' | 'annotate' | 'evaluate' | 'select', 'config': {...}}
 
 Inside a stage's config the string '{NAME}' stands for the workdir of an earlier stage, and '{NAME}/file' for a file in it.
@@ -11,26 +12,28 @@ changed setting never meets an old result.
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from srm_jax import schema
-from srm_jax.annotate import annotate
+from srm_jax import checkpoints, schema
+from srm_jax.annotate import AnnotateConfig, annotate
 from srm_jax.data import tokenizer as tokenizers
 from srm_jax.data.records import content_hash
-from srm_jax.evaluate import evaluate
+from srm_jax.evaluate import evaluate, open_config
+from srm_jax.recipes import CONFIGS
 from srm_jax.recipes.context import DataConfig, find_task, worked_examples
-from srm_jax.train import resolve, train
+from srm_jax.train import TrainConfig, resolve, train
 
 DONE = 'done.json'
 
 
 @dataclasses.dataclass(frozen=True)
 class SelectConfig:
-  """Chooses the best of several evaluated models: candidates {stage of the model: stage of its evaluation}, by accuracy of `row`."""
+  """Chooses the best of several evaluated models by accuracy of `row`: candidates {stage of the model: '{stage of its evaluation}'}."""
 
   candidates: Mapping[str, Any]
   row: str
@@ -91,10 +94,25 @@ def _select(config, workdir, done: Mapping[str, Stage]):
   """Picks by dev accuracy; a tie goes to the candidate named first."""
   workdir.mkdir(parents=True, exist_ok=True)
   config = schema.parse(SelectConfig, config, 'config')
-  scores = {model: done[stage].outcome[config.row]['accuracy'] for model, stage in config.candidates.items()}
+  evaluations = {str(stage.target): stage.outcome for stage in done.values() if stage.run == 'evaluate'}
+  rows = {model: schema.choose('evaluation', folder, evaluations) for model, folder in config.candidates.items()}
+  scores = {model: schema.choose('row', config.row, outcome)['accuracy'] for model, outcome in rows.items()}
   chosen = max(scores, key=scores.get)
   return done[chosen].target, {'chosen': chosen, 'scores': scores}
 
+
+def _check_train(config, where):
+  parsed = schema.parse(TrainConfig, config, where)
+  schema.parse(schema.choose('recipe', parsed.recipe.get('name', ''), CONFIGS), parsed.recipe, f'{where}.recipe')
+
+
+CHECKS: dict[str, Callable] = {
+    'tokenizer': lambda config, where: schema.parse(TokenizerConfig, config, where),
+    'train': _check_train,
+    'annotate': lambda config, where: schema.parse(AnnotateConfig, config, where),
+    'evaluate': open_config,
+    'select': lambda config, where: schema.parse(SelectConfig, config, where),
+}
 
 RUNNERS: dict[str, Callable] = {
     'tokenizer': _tokenizer, 'train': _train, 'annotate': _annotate, 'evaluate': _evaluate, 'select': _select,
@@ -117,7 +135,7 @@ def _substitute(value, done: Mapping[str, Stage], where: str):
 
 def _identity(config, done: Mapping[str, Stage]):
   """The config with references instead of paths, so that a moved workdir keeps its hashes."""
-  names = {str(stage.target): f'{{{stage.workdir.name}}}' for stage in done.values()}
+  names = {str(stage.target): f'{{{stage.target.name}}}' for stage in done.values()}
 
   def one(value):
     if isinstance(value, Mapping):
@@ -148,20 +166,35 @@ def run_stage(name: str, section: Mapping[str, Any], workdir, done: Mapping[str,
   path = folder / DONE
   if path.exists():
     saved = json.loads(path.read_text())
-    return Stage(name, section['run'], folder, (folder / saved['target']).resolve(), saved['seconds'], saved['outcome'])
+    return Stage(name, section['run'], folder, pathlib.Path(os.path.normpath(folder / saved['target'])), saved['seconds'], saved['outcome'])
   start = time.perf_counter()
   target, outcome = run(config, folder, done)
   seconds = time.perf_counter() - start
   relative = pathlib.Path('..') / pathlib.Path(target).name if pathlib.Path(target) != folder else pathlib.Path('.')
-  path.write_text(json.dumps({'target': str(relative), 'seconds': seconds, 'outcome': outcome}))
+  checkpoints.write_whole(path, json.dumps({'target': str(relative), 'seconds': seconds, 'outcome': outcome}))
   return Stage(name, section['run'], folder, pathlib.Path(target), seconds, outcome)
+
+
+def check(config):
+  """Opens the config of every stage without running any: a misspelt key in the last one is found before the first.
+
+  Raises:
+    ConfigError: an unknown runner, stage, key or name, or a value of the wrong type.
+  """
+  before: dict[str, Stage] = {}
+  for name in config['order']:
+    section, where = resolve(schema.choose('stage', name, config['stages'])), f'stages.{name}'
+    folder = pathlib.Path(name)
+    check_config = schema.choose(f'{where}.run', section['run'], CHECKS)
+    check_config(_substitute(section['config'], before, where), f'{where}.config')
+    before[name] = Stage(name, section['run'], folder, folder, 0.0, {})
 
 
 def run_stages(config, workdir, *, report: Callable[[Stage], None] = lambda stage: None) -> dict[str, Stage]:
   """Runs the stages of a pipeline config in order; finished ones are skipped.
 
   Args:
-    config: with `stages`.
+    config: with `order` and `stages`.
     workdir: folder of the pipeline.
     report: called with every finished stage.
 
@@ -169,10 +202,12 @@ def run_stages(config, workdir, *, report: Callable[[Stage], None] = lambda stag
     {name: Stage}.
 
   Raises:
-    ConfigError: an unknown runner, stage or name in a stage's config.
+    ConfigError: as `check`, before any stage has run; or what a stage finds in its data.
   """
+  check(config)
   done: dict[str, Stage] = {}
-  for name, section in config['stages'].items():
-    done[name] = run_stage(name, section, workdir, done)
+  stages = config['stages']
+  for name in config['order']:
+    done[name] = run_stage(name, schema.choose('stage', name, stages), workdir, done)
     report(done[name])
   return done

@@ -139,6 +139,8 @@ def _model(config: TrainConfig, tokenizer) -> TransformerConfig:
     differing = [f'{k}={v} (there {theirs[k]})' for k, v in dataclasses.asdict(model).items() if k not in free and v != theirs[k]]
     if differing:
       raise schema.ConfigError(f'config.model does not fit init_from={config.init_from}: {", ".join(differing)}')
+    if tokenizers.load(pathlib.Path(config.init_from) / 'tokenizer').fingerprint != tokenizer.fingerprint:
+      raise schema.ConfigError(f'init_from={config.init_from} was trained with another tokenizer than {config.tokenizer}')
   return model
 
 
@@ -192,7 +194,8 @@ def _meta(setup: _Setup, flops: float) -> dict:
 def step_flops(setup_model: TransformerConfig, recipe: Recipe, batch) -> float:
   """Useful FLOPs of one step: the student's forward and backward, frozen models' forward, and sampling of rollouts."""
   rows: Batch = getattr(batch, 'batch', batch)
-  tokens, context = int(np.count_nonzero(rows.segment_ids)), float(np.mean(rows.positions))
+  tokens = int(np.count_nonzero(rows.segment_ids))
+  context = float(np.sum(rows.positions)) / max(tokens, 1)
   flops = train_flops(setup_model, tokens, context)
   flops += sum(forward_flops(config, tokens, context) for config, _ in recipe.frozen.values())
   return flops + (forward_flops(setup_model, tokens, context) if isinstance(batch, Rollouts) else 0.0)
@@ -217,12 +220,19 @@ class _Interrupts:
       signal.signal(name, handler)
 
 
+def _compiled_step(setup: _Setup, state: TrainState):
+  """The jitted train step; the state stays where it is, so that a run and its continuation use one program."""
+  config = setup.config
+  step = build_train_step(setup.recipe.objective, setup.tx, microbatches=config.microbatches, ema_decay=config.ema_decay)
+  return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))
+
+
 def _loop(setup: _Setup, workdir, saved) -> TrainState:
   config, recipe = setup.config, setup.recipe
   for key, value in recipe.objective.resolved.items():
     _LOG.info('%s: %s', key, value)
-  step_fn = jax.jit(build_train_step(recipe.objective, setup.tx, microbatches=config.microbatches, ema_decay=config.ema_decay), donate_argnums=0)
   state, flops = _restore(setup, saved, _fresh_state(setup))
+  step_fn = _compiled_step(setup, state)
   start = int(state.step)
   writer = metrics.open_writer(workdir, step=start)
   bar = metrics.progress(config.recipe['name'], config.num_steps, done=start, disable=not config.progress)
@@ -232,9 +242,9 @@ def _loop(setup: _Setup, workdir, saved) -> TrainState:
       host_batch = recipe.source.next(state.params, 0 if config.overfit_one_batch else step)
       flops += step_flops(setup.context.model, recipe, host_batch)
       batch = sharding.shard_rows(host_batch, setup.mesh)
+      _check_finite(setup, workdir, saved, state, pending, flops)  # before another step moves the last good state
       state, out = step_fn(state, batch, setup.frozen, jax.random.fold_in(key, step))
       collected.append(out)
-      _check_finite(setup, workdir, saved, state, pending, flops)
       pending = (step, batch, out)
       last = step + 1 == config.num_steps
       if (step + 1) % config.log_every == 0 or last:

@@ -96,7 +96,13 @@ def _accumulate(gradient, params, parts, rng, microbatches):
     value, grads, metrics = run(index)
     return (carry[0] + value, jax.tree.map(jnp.add, carry[1], grads), combine(carry[2], metrics)), None
 
-  return jax.lax.scan(step, run(0), jnp.arange(1, microbatches))[0]
+  # Starting from the first microbatch would compile the model twice.
+  start = jax.tree.map(_neutral, jax.eval_shape(run, 0), is_leaf=lambda x: isinstance(x, Max))
+  return jax.lax.scan(step, start, jnp.arange(microbatches))[0]
+
+
+def _neutral(x):
+  return Max(jnp.full(x.value.shape, -jnp.inf, x.value.dtype)) if isinstance(x, Max) else jnp.zeros(x.shape, x.dtype)
 
 
 def build_train_step(
@@ -104,13 +110,13 @@ def build_train_step(
 ) -> Callable:
   """(state, batch, frozen, rng) -> (state, metrics), to be jitted with the state donated.
 
-  A step whose loss or gradient norm is not finite leaves parameters and optimizer untouched and reports
+  A step whose loss or gradient norm is not finite leaves parameters, optimizer and average untouched and reports
   metrics['finite'] = 0: the caller stops with a good state in hand.
   """
 
   def step(state: TrainState, batch, frozen, rng):
     loss, grads, metrics = value_and_grad(objective, state.params, batch, frozen, rng, microbatches=microbatches)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -121,7 +127,7 @@ def build_train_step(
     params, opt_state = keep(params, state.params), keep(opt_state, state.opt_state)
     ema = state.ema
     if ema is not None:
-      ema = jax.tree.map(lambda mean, p: ema_decay * mean + (1 - ema_decay) * p, ema, params)
+      ema = keep(jax.tree.map(lambda mean, p: ema_decay * mean + (1 - ema_decay) * p, ema, params), ema)
     one = jnp.ones(())
     extra = {'loss': Mean(loss, one), 'grad_norm': Mean(norm, one), 'finite': Mean(finite.astype(jnp.float32), one)}
     return TrainState(state.step + finite.astype(jnp.int32), params, opt_state, ema), {**metrics, **extra}

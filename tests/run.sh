@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests: bash tests/run.sh [--all] [pytest's own options and paths]
-# --all adds what is marked slow: notebooks, kill tests, every family's parity. Real data is found through SRM_DATA_DIR.
+# --all adds what is marked slow: notebooks, kill tests, every family's parity; and the TPU compiler, where it exists, for plan.
+# Real data is found through SRM_DATA_DIR.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . experiments/environment.sh
@@ -10,7 +11,11 @@ extras=(test)
 arguments=()
 for argument in "$@"; do
   case $argument in
-    --all) selection=(); extras=(test notebooks tpu) ;;
+    --all)
+      selection=()
+      extras+=(notebooks)
+      [ "$(uname -sm)" != 'Linux x86_64' ] || extras+=(tpu)
+      ;;
     *) arguments+=("$argument") ;;
   esac
 done
@@ -20,10 +25,10 @@ if [ -z "${SRM_DATA_DIR:-}" ] && [ -d ../shared/data ]; then
   SRM_DATA_DIR=$(cd ../shared/data && pwd)
   export SRM_DATA_DIR
 fi
-# tests is the path only where the caller named none: pytest reads options and paths in any order.
+# The whole folder, unless the caller names a file or folder, with or without ::test_name.
 paths=(tests)
 for argument in ${arguments[@]+"${arguments[@]}"}; do
-  case $argument in tests*) paths=() ;; esac
+  [ ! -e "${argument%%::*}" ] || paths=()
 done
 exec "$venv_python" -m pytest -q --durations=15 ${selection[@]+"${selection[@]}"} \
   ${arguments[@]+"${arguments[@]}"} ${paths[@]+"${paths[@]}"}

@@ -48,9 +48,9 @@ def bucket(length: int, *, smallest: int = 16) -> int:
 
 def batch_bucket(rows: int, largest: int) -> int:
   """`largest` halved (at most twice) while `rows` still fit: full batches, and smaller ones for what is left."""
-  for size in (largest // 4, largest // 2):
-    if rows <= size and largest % size == 0:
-      return size
+  for parts in (4, 2):
+    if largest % parts == 0 and rows <= largest // parts:
+      return largest // parts
   return largest
 
 

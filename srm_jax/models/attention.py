@@ -26,25 +26,65 @@ class Visibility(NamedTuple):
   offset: jax.Array | int
 
 
+def _product(equation, *operands):
+  return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
+
+
+def _group(queries, kv_heads: int):
+  """Scaled queries by key head, batch axes first: [B, T, H, D] -> [B, K, G, T, D], head h to group h // G."""
+  batch, length, heads, dim = queries.shape
+  scaled = queries * (1.0 / math.sqrt(dim))
+  return jnp.transpose(scaled.reshape(batch, length, kv_heads, heads // kv_heads, dim), (0, 2, 3, 1, 4))
+
+
 def _scores(queries, keys, visible: Visibility):
-  """Masked float32 scores: queries [B, T, K, G, D], keys [B, K, S, D] -> [B, K, G, T, S]."""
-  scores = jnp.einsum('btkgd,bksd->bkgts', queries, keys, preferred_element_type=jnp.float32)
-  slots = jnp.arange(keys.shape[2])
-  causal = slots[None, :] <= visible.offset + jnp.arange(queries.shape[1])[:, None]
+  """Masked float32 scores: queries [B, K, G, T, D], keys [B, K, S, D] -> [B, K, G, T, S]."""
+  scores = _product('bkgtd,bksd->bkgts', queries, keys)
+  causal = jnp.arange(keys.shape[2])[None, :] <= visible.offset + jnp.arange(queries.shape[3])[:, None]
   same = visible.query_segments[:, :, None] == visible.key_segments[:, None, :]
   return jnp.where((causal[None] & same)[:, None, None], scores, MASKED)
 
 
-def _attend_block(queries, keys, values, visible: Visibility):
-  weights = jax.nn.softmax(_scores(queries, keys, visible), axis=-1)
-  return jnp.einsum('bkgts,bksd->btkgd', weights.astype(values.dtype), values)
+@jax.custom_vjp
+def _attend(queries, keys, values, visible: Visibility):
+  """queries [B, K, G, T, D], keys and values [B, K, S, D] -> [B, K, G, T, D].
+
+  The backward pass recomputes the weights from one number a query, so that no [T, S] array outlives a layer.
+  Reference: Dao et al., FlashAttention, arXiv:2205.14135 (the recomputation, without the tiling).
+  """
+  return _attend_forward(queries, keys, values, visible)[0]
+
+
+def _attend_forward(queries, keys, values, visible):
+  scores = _scores(queries, keys, visible)
+  largest = jnp.max(scores, axis=-1, keepdims=True)
+  weights = jnp.exp(scores - largest)
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  out = (_product('bkgts,bksd->bkgtd', weights.astype(values.dtype), values) / total).astype(values.dtype)
+  return out, (queries, keys, values, visible, out, largest + jnp.log(total))
+
+
+def _attend_backward(residuals, dout):
+  queries, keys, values, visible, out, normalizer = residuals
+  weights = jnp.exp(_scores(queries, keys, visible) - normalizer)
+  dvalues = _product('bkgts,bkgtd->bksd', weights.astype(values.dtype), dout)
+  dweights = _product('bkgtd,bksd->bkgts', dout, values)
+  # sum_s weights * dweights, from the output: one number a query.
+  mean = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+  dscores = (weights * (dweights - mean)).astype(queries.dtype)
+  dqueries = _product('bkgts,bksd->bkgtd', dscores, keys)
+  dkeys = _product('bkgts,bkgtd->bksd', dscores, queries)
+  return dqueries.astype(queries.dtype), dkeys.astype(keys.dtype), dvalues.astype(values.dtype), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def attend(queries, keys, values, visible: Visibility):
   """Attention output in the dtype of values.
 
-  softmax(q k / sqrt(D)) v over the visible keys, softmax in float32. Query blocks of ATTENTION_CHUNK are
-  recomputed in the backward pass, so that memory stays linear in the length.
+  softmax(q k / sqrt(D)) v over the visible keys, softmax in float32. More than ATTENTION_CHUNK queries run in blocks
+  of that size, forward and backward, so that memory stays linear in the length.
 
   Args:
     queries: [B, T, H, D].
@@ -54,28 +94,36 @@ def attend(queries, keys, values, visible: Visibility):
   Returns:
     [B, T, H, D].
   """
-  batch, length, heads, dim = queries.shape
-  grouped = (queries * (1.0 / math.sqrt(dim))).reshape(batch, length, keys.shape[1], heads // keys.shape[1], dim)
-  if length <= ATTENTION_CHUNK or length % ATTENTION_CHUNK:
-    return _attend_block(grouped, keys, values, visible).reshape(queries.shape)
-  blocks = length // ATTENTION_CHUNK
+  length = queries.shape[1]
+  grouped = _group(queries, keys.shape[1])
+  if length <= ATTENTION_CHUNK:
+    out = _attend(grouped, keys, values, visible)
+  else:
+    out = _attend_in_blocks(grouped, keys, values, visible)[..., :length, :]
+  return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(queries.shape)
+
+
+def _attend_in_blocks(queries, keys, values, visible: Visibility):
+  """`_attend` by blocks of queries; the last block is filled up with queries that nobody reads."""
+  blocks = math.ceil(queries.shape[3] / ATTENTION_CHUNK)
+  missing = blocks * ATTENTION_CHUNK - queries.shape[3]
+  queries = jnp.pad(queries, ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0)))
+  query_segments = jnp.pad(visible.query_segments, ((0, 0), (0, missing)))
 
   @jax.checkpoint
   def block(start):
-    part = jax.lax.dynamic_slice_in_dim(grouped, start, ATTENTION_CHUNK, axis=1)
-    segments = jax.lax.dynamic_slice_in_dim(visible.query_segments, start, ATTENTION_CHUNK, axis=1)
-    seen = Visibility(segments, visible.key_segments, visible.offset + start)
-    return _attend_block(part, keys, values, seen)
+    part = jax.lax.dynamic_slice_in_dim(queries, start, ATTENTION_CHUNK, axis=3)
+    segments = jax.lax.dynamic_slice_in_dim(query_segments, start, ATTENTION_CHUNK, axis=1)
+    return _attend(part, keys, values, Visibility(segments, visible.key_segments, visible.offset + start))
 
-  out = jax.lax.map(block, jnp.arange(blocks) * ATTENTION_CHUNK)  # [blocks, B, chunk, K, G, D]
-  return jnp.moveaxis(out, 0, 1).reshape(queries.shape)
+  out = jax.lax.map(block, jnp.arange(blocks) * ATTENTION_CHUNK)  # [blocks, B, K, G, chunk, D]
+  return jnp.moveaxis(out, 0, 3).reshape(queries.shape)
 
 
 def attention_weights(queries, keys, visible: Visibility):
   """The softmax itself, for attention distillation: -> [B, H, T, S] float32."""
-  batch, length, heads, dim = queries.shape
-  grouped = (queries * (1.0 / math.sqrt(dim))).reshape(batch, length, keys.shape[1], heads // keys.shape[1], dim)
-  weights = jax.nn.softmax(_scores(grouped, keys, visible), axis=-1)
+  batch, length, heads, _ = queries.shape
+  weights = jax.nn.softmax(_scores(_group(queries, keys.shape[1]), keys, visible), axis=-1)
   return weights.reshape(batch, heads, length, keys.shape[2])
 
 

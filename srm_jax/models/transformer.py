@@ -72,9 +72,9 @@ class Transformer(nn.Module):
 
   @nn.compact
   def __call__(self, inputs, *, positions=None, segment_ids=None, cache=None, logits_at=None, taps=()):
-    """Args: inputs int [B, T]; positions and segment_ids [B, T] (by default one segment a row from position 0);
-    cache from `init_cache`, whose keys the inputs then extend; logits_at: None for logits at all positions, int [B, n]
-    for some, an empty tuple for none; taps: names from TAPS.
+    """Args: inputs int [B, T]; positions and segment_ids [B, T] (by default one segment a row, positions counted from
+    the row's start or the cache's index); cache from `init_cache`, whose keys the inputs then extend; logits_at: None
+    for logits at all positions, int [B, n] for some, an empty tuple for none; taps: names from TAPS.
 
     Returns: Output. Raises ValueError on an unknown tap.
     """
@@ -83,7 +83,8 @@ class Transformer(nn.Module):
     if unknown:
       raise ValueError(f'taps {sorted(unknown)} unknown; choose from {TAPS}')
     if positions is None:
-      positions = jnp.broadcast_to(jnp.arange(inputs.shape[1])[None], inputs.shape)
+      start = 0 if cache is None else cache.index
+      positions = jnp.broadcast_to(start + jnp.arange(inputs.shape[1])[None], inputs.shape)
     if segment_ids is None:
       segment_ids = jnp.ones_like(inputs)
     embedding = self.param(
@@ -93,7 +94,7 @@ class Transformer(nn.Module):
     if not c.tie_embeddings:
       init = nn.with_logical_partitioning(nn.initializers.normal(c.embed_dim**-0.5), ('embed', 'vocab'))
       self.param('head', init, (c.embed_dim, c.vocab_size), jnp.dtype(c.param_dtype))
-    x = constrain(embedding.astype(c.dtype)[inputs], 'batch', 'time', 'features')
+    x = constrain(embedding[inputs].astype(c.dtype), 'batch', 'time', 'features')  # gradients add up in param_dtype
     angles = rotary_angles(positions, c.head_dim, c.rope_base)
     if cache is None:
       x, seen = self._scan(x, angles, Visibility(segment_ids, segment_ids, 0), tuple(taps))

@@ -146,6 +146,11 @@ def load_teacher(folder: str, context: Context) -> checkpoints.Model:
         f'teacher {folder} has tokenizer {teacher.tokenizer.name} of {teacher.tokenizer.vocab_size} pieces, the student '
         f'{context.tokenizer.name} of {context.tokenizer.vocab_size}; logits can only be compared over one vocabulary'
     )
+  if teacher.config.vocab_size != context.model.vocab_size:
+    raise schema.ConfigError(
+        f'teacher {folder} has {teacher.config.vocab_size} logits, config.model.vocab_size is {context.model.vocab_size}; '
+        'logits can only be compared over one vocabulary'
+    )
   return teacher
 
 

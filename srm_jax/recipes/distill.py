@@ -60,7 +60,7 @@ class DistillConfig:
 
 
 def _skip(student: int, teacher: int):
-  return [(l, round((l + 1) * teacher / student) - 1) for l in range(student)]
+  return [(l, max(1, round((l + 1) * teacher / student)) - 1) for l in range(student)]
 
 
 def _last(student: int, teacher: int):
@@ -80,19 +80,18 @@ def layer_map(name: str, student: int, teacher: int) -> list[tuple[int, int]]:
 
 
 def _token_loss(loss: LossConfig):
-  divergence = schema.choose('divergence', loss.divergence, DIVERGENCES)
+  divergence = schema.bind('divergence', loss.divergence, loss.options, DIVERGENCES)
   scale = loss.temperature**2 if loss.scale_by_squared_temperature else 1.0
 
   def fn(student_logits, teacher_logits, targets, *, axis_name):
-    gap = divergence(student_logits, teacher_logits, temperature=loss.temperature, axis_name=axis_name, **loss.options)
+    gap = divergence(student_logits, teacher_logits, temperature=loss.temperature, axis_name=axis_name)
     nll = cross_entropy.cross_entropy(student_logits, targets, axis_name=axis_name)
     return loss.cross_entropy * nll + loss.weight * scale * gap, {'cross_entropy': nll, loss.divergence: gap}
 
   return fn
 
 
-def _hidden_total(hidden: HiddenConfig, pairs, student, teacher, projectors, mask):
-  feature = schema.choose('hidden.feature', hidden.feature, FEATURES)
+def _hidden_total(feature, pairs, student, teacher, projectors, mask):
   teacher = jax.lax.stop_gradient(teacher)
   gaps = (feature(student[s], teacher[t], projector=projectors[str(s)]) for s, t in pairs)
   return sum(jnp.sum(jnp.where(mask > 0, gap, 0.0) * mask) for gap in gaps)
@@ -106,6 +105,7 @@ def objective(loss: LossConfig, student, teacher) -> Objective:
     student, teacher: TransformerConfigs.
   """
   token_loss = _token_loss(loss)
+  feature = schema.choose('hidden.feature', loss.hidden.feature, FEATURES)
   pairs = layer_map(loss.hidden.layers, student.num_layers, teacher.num_layers)
   taps = ('hidden',) if loss.hidden.weight else ()
 
@@ -122,7 +122,7 @@ def objective(loss: LossConfig, student, teacher) -> Objective:
     count = count_tokens(batch)
     found, metrics = {'tokens': (1.0, total)}, {name: Mean(value, count) for name, value in aux.items()}
     if taps:
-      gap = _hidden_total(loss.hidden, pairs, ours.taps['hidden'], theirs.taps['hidden'], params['projectors'], batch.loss_mask)
+      gap = _hidden_total(feature, pairs, ours.taps['hidden'], theirs.taps['hidden'], params['projectors'], batch.loss_mask)
       found['hidden'] = (loss.hidden.weight, gap)
     return found, metrics
 

@@ -1,7 +1,7 @@
 """The on-policy source: prompts of the step, completions of the student, grades. Shared by RL and distillation."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 
@@ -10,7 +10,8 @@ from srm_jax.data.records import content_hash
 from srm_jax.inference import make_generate
 from srm_jax.recipes.context import Context, DataConfig, find_task, load_problems
 from srm_jax.rollout import rollout, subsample, to_rollouts
-from srm_jax.types import Mean, Rollouts, SamplingParams, Source
+from srm_jax.tasks.task import Task
+from srm_jax.types import Mean, Problem, Rollouts, SamplingParams, Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,15 +27,15 @@ class RolloutConfig:
   top_p: float
 
 
-def check_lengths(config: RolloutConfig, data: DataConfig, context: Context):
-  """Raises ConfigError where the longest prompt and max_new_tokens do not fit in a row."""
-  task = find_task(data.task)
-  lengths = {problem.id: len(context.tokenizer.encode(task.prompt(problem))) for problem in load_problems(data)}
+def check_lengths(config: RolloutConfig, task: Task, problems: Sequence[Problem], context: Context):
+  """Raises ConfigError where the longest prompt and max_new_tokens fit neither in a row nor in the model's context."""
+  lengths = {problem.id: len(context.tokenizer.encode(task.prompt(problem))) for problem in problems}
   longest = max(lengths, key=lengths.get)
-  if lengths[longest] + config.max_new_tokens > config.length:
+  room = min(config.length, context.model.max_length)
+  if lengths[longest] + config.max_new_tokens > room:
     raise schema.ConfigError(
         f'prompt {longest} has {lengths[longest]} tokens; with max_new_tokens={config.max_new_tokens} it does not fit in '
-        f'rollouts.length={config.length}'
+        f'{room}, the smaller of rollouts.length={config.length} and model.max_length={context.model.max_length}'
     )
 
 
@@ -43,7 +44,7 @@ def source(config: RolloutConfig, data: DataConfig, context: Context, *, advanta
   task, problems = find_task(data.task), load_problems(data)
   if not problems:
     raise schema.ConfigError(f'no problem to sample for in {data}')
-  check_lengths(config, data, context)
+  check_lengths(config, task, problems, context)
   identity = {'data_hash': content_hash([problem.id for problem in problems]), 'seed': context.seed}
   sampling = SamplingParams(
       temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, max_new_tokens=config.max_new_tokens,

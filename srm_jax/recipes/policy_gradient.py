@@ -56,7 +56,7 @@ class PolicyGradientConfig:
 
 
 def _bind(kind, choice: ChoiceConfig, registry):
-  return functools.partial(schema.choose(kind, choice.name, registry), **choice.options)
+  return schema.bind(kind, choice.name, choice.options, registry)
 
 
 def token_scores(student_logits, teacher_logits, targets, *, temperature, axis_name):
@@ -94,9 +94,10 @@ def objective(config: PolicyGradientConfig, model, reference_model=None) -> Obje
       reference = jax.lax.stop_gradient(
           _score(reference_model, frozen['reference'], rollouts.batch, temperature, config.head_chunk)['logprobs']
       )
-      penalty = estimate(scores['logprobs'], reference)
+      # Masked before the exponential: where it overflows on a token that does not count, its gradient would be 0 * inf.
+      penalty = estimate(*(jnp.where(mask > 0, logprobs, 0.0) for logprobs in (scores['logprobs'], reference)))
       values = values + config.kl.coef * penalty
-      metrics['kl'] = Mean(jnp.sum(jnp.where(mask > 0, penalty, 0)), jnp.sum(mask))
+      metrics['kl'] = Mean(jnp.sum(penalty), jnp.sum(mask))
     return {'policy': (1.0, reduce(values, mask).total)}, metrics
 
   return Objective(terms, lambda rollouts: {'policy': count(rollouts.batch.loss_mask)}, _resolved(config, temperature))

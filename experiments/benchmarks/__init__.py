@@ -1,0 +1,1 @@
+"""Speed beside PyTorch and Hugging Face transformers, measured interleaved in one process."""

@@ -1,0 +1,165 @@
+"""Some seconds of measuring before a run: which compute dtype is faster here, and what training and decoding take."""
+
+import dataclasses
+import importlib.metadata
+import os
+import pathlib
+import platform
+import re
+import time
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from srm_jax import optimizers, schema, sharding, train_step
+from srm_jax.inference import make_generate
+from srm_jax.models import transformer
+from srm_jax.models.config import TransformerConfig, train_flops
+from srm_jax.recipes import sft
+from srm_jax.types import Batch, Prompt, SamplingParams
+
+DTYPES = ('float32', 'bfloat16')
+STEP_SHARE = 0.25  # of the rate of bare products that a whole train step reaches, where none was measured
+DECODE_COST = 3.0  # times a training token, for a decoded token, where none was measured
+PROMPT_TOKENS = 24
+
+
+class Speed(NamedTuple):
+  """seconds a trained token and a decoded token, for 'teacher' and 'student'; seconds to compile a program.
+
+  products: FLOP/s of matrix products by dtype. seconds: that measuring took.
+  """
+
+  dtype: str
+  train: dict[str, float]
+  decode: dict[str, float]
+  compile: float
+  products: dict[str, float]
+  seconds: float
+
+
+def calibrate(config: Mapping[str, Any], *, limit: float) -> Speed:
+  """Measures on this machine what the models of a quickstart config cost.
+
+  Args:
+    config: of configs/quickstart.py.
+    limit: seconds; a measurement that would begin later is replaced by an extrapolation. 0 measures products only.
+  """
+  start, stages = time.perf_counter(), config['stages']
+  sections = {name: stages[stage]['config'] for name, stage in (('teacher', 'teacher'), ('student', 'base'))}
+  mesh = sharding.make_mesh()
+  with jax.set_mesh(mesh):
+    batch = sections['teacher']['recipe']['batch']
+    rates = {dtype: _product_rate(sections['teacher']['model'], batch, dtype) for dtype in DTYPES}
+    hopeless = rates['bfloat16'] < rates['float32']
+    train, compiling = {}, []
+    dtypes = ('float32',) if hopeless else DTYPES
+    steps = {dtype: _train_token(sections['teacher'], dtype) for dtype in dtypes if time.perf_counter() - start < limit}
+    dtype = min(steps, key=lambda name: steps[name][0]) if len(steps) == len(dtypes) else max(rates, key=rates.get)
+    if dtype in steps:
+      train['teacher'], seconds = steps[dtype]
+      compiling.append(seconds)
+    if time.perf_counter() - start < limit:
+      train['student'], seconds = _train_token(sections['student'], dtype)
+      compiling.append(seconds)
+    decode = {}
+    if time.perf_counter() - start < limit:
+      decode['student'], seconds = _decode_token(sections['student'], stages['annotate']['config'], dtype)
+      compiling.append(seconds)
+  flops = {name: train_flops(_model(section, dtype), 1) for name, section in sections.items()}
+  train = _complete(train, flops, 1 / (STEP_SHARE * rates[dtype]))
+  decode = _complete(decode, flops, DECODE_COST * train['student'] / flops['student'])
+  compile_seconds = float(np.mean(compiling)) if compiling else 0.0
+  return Speed(dtype, train, decode, compile_seconds, rates, time.perf_counter() - start)
+
+
+def _complete(measured: Mapping[str, float], flops: Mapping[str, float], otherwise: float) -> dict[str, float]:
+  """Seconds a token for every model: measured, or in proportion to FLOPs from one that was, or `otherwise` a FLOP."""
+  rate = next((seconds / flops[name] for name, seconds in measured.items()), otherwise)
+  return {name: measured.get(name, rate * flops[name]) for name in flops}
+
+
+def _fastest(call: Callable[[], Any], repeats: int = 3) -> tuple[float, float]:
+  """(shortest seconds, seconds of the first call beyond that: compilation)."""
+  seconds = []
+  for _ in range(repeats + 1):
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    seconds.append(time.perf_counter() - start)
+  best = min(seconds[1:])
+  return best, max(0.0, seconds[0] - best)
+
+
+def _product_rate(model, batch, dtype: str) -> float:
+  """FLOP/s of a layer's forward product and both gradients."""
+  tokens, wide, narrow = batch['size'] * batch['length'], model['mlp_dim'], model['embed_dim']
+  x, w, g = (jnp.ones(shape, dtype) for shape in ((tokens, narrow), (narrow, wide), (tokens, wide)))
+  products = jax.jit(lambda x, w, g: (x @ w, g @ w.T, x.T @ g))
+  seconds, _ = _fastest(lambda: products(x, w, g), repeats=5)
+  return 6.0 * tokens * wide * narrow / seconds
+
+
+def _model(section, dtype: str) -> TransformerConfig:
+  """The model of a training section; where the tokenizer is still to be made, with the vocabulary that it will have."""
+  model = schema.parse(TransformerConfig, dict(section['model']), 'model')
+  return dataclasses.replace(model, dtype=dtype, vocab_size=model.vocab_size or 512)
+
+
+def _train_token(section, dtype: str) -> tuple[float, float]:
+  """(seconds a token of a full batch, seconds of compiling) of the section's train step, with its optimizer."""
+  model, shape = _model(section, dtype), (section['recipe']['batch']['size'], section['recipe']['batch']['length'])
+  names = {'model': transformer.param_names(model)}
+  options = schema.parse(optimizers.OptimizerConfig, dict(section['optimizer']), 'optimizer')
+  tx = optimizers.make_optimizer(options, section['num_steps'], names)
+  step = jax.jit(train_step.build_train_step(sft.objective(model, head_chunk=None), tx), donate_argnums=0)
+  params = {'model': transformer.init_params(model, jax.random.key(0))}
+  state, key = train_step.init_state(params, tx), jax.random.key(1)
+  batch = sharding.shard_rows(_random_batch(model, shape), jax.sharding.get_mesh())
+
+  def once():
+    nonlocal state
+    state, metrics = step(state, batch, {}, key)
+    return metrics['loss'].total
+
+  seconds, compiling = _fastest(once)
+  return seconds / (shape[0] * shape[1]), compiling
+
+
+def _random_batch(model: TransformerConfig, shape) -> Batch:
+  tokens = np.random.default_rng(0).integers(0, model.vocab_size, shape).astype(np.int32)
+  positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+  return Batch(tokens, tokens, np.ones(shape, np.float32), positions, np.ones(shape, np.int32))
+
+
+def _decode_token(section, annotate, dtype: str) -> tuple[float, float]:
+  """(seconds a sampled token in a full batch that runs to its limit, seconds of compiling)."""
+  model, rows = _model(section, dtype), annotate['batch_size']
+  blank = types.SimpleNamespace(encode=lambda text: [1] * PROMPT_TOKENS, decode=lambda tokens: '', eos_id=2)
+  params = jax.jit(transformer.init_params, static_argnums=0)(model, jax.random.key(0))
+  generate = make_generate(model, params, blank, batch_size=rows, stop_at_eos=False)
+  prompts = [Prompt(str(row), '') for row in range(rows)]
+  sampling = SamplingParams(max_new_tokens=annotate['sampling']['max_new_tokens'])
+  seconds, compiling = _fastest(lambda: len(generate(prompts, sampling)), repeats=1)
+  return seconds / (rows * sampling.max_new_tokens), compiling
+
+
+def machine() -> dict[str, Any]:
+  """The class of this machine and the versions that matter: no name, no path."""
+  devices = jax.devices()
+  try:
+    info = pathlib.Path('/proc/cpuinfo').read_text(encoding='utf-8').split('\n\n')[0]
+  except OSError:
+    info = ''
+  known = ('amx_bf16', 'avx512_bf16', 'avx512f', 'avx2', 'neon', 'asimd')
+  flags = ' '.join(flag for flag in known if re.search(rf'\b{flag}\b', info))
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  versions = {name: importlib.metadata.version(name) for name in ('jax', 'flax', 'optax', 'reasoning-gym')}
+  return {
+      'devices': f'{len(devices)} × {devices[0].device_kind}', 'cores': cores,
+      'processor': f'{platform.machine()} {flags}'.strip(), 'system': platform.system(),
+      'python': platform.python_version(), **versions,
+  }

@@ -1,0 +1,279 @@
+"""Compiles a run's train step for a TPU topology on a machine without TPUs: memory, collectives and a roofline.
+
+Nothing is computed and no data is read: parameters, optimizer state and batch are shapes with shardings. The step is the
+one that `train` jits, compiled by libtpu for the topology's devices.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import PartitionSpec
+
+from srm_jax import checkpoints, hlo, optimizers, schema, sharding
+from srm_jax.data import tokenizer as tokenizers
+from srm_jax.models import transformer
+from srm_jax.models.config import TransformerConfig, train_flops
+from srm_jax.recipes import distill, on_policy, on_policy_distill, policy_gradient, sft
+from srm_jax.train import TrainConfig, resolve
+from srm_jax.train_step import build_train_step, init_state
+from srm_jax.types import Batch, Objective, Rollouts, TrainState
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+  """Usable HBM in bytes; peak bfloat16 FLOP/s, HBM and interconnect bytes/s of one chip, by its data sheet."""
+
+  hbm: float
+  flops: float
+  hbm_bandwidth: float
+  ici_bandwidth: float
+
+
+# device_kind -> Chip. Interconnect: all links of a chip together, one direction, so the roofline is a lower bound.
+CHIPS = {
+    'TPU v5 lite': Chip(15.75 * GIB, 197e12, 819e9, 200e9),
+    'TPU v5': Chip(95.74 * GIB, 459e12, 2765e9, 600e9),
+    'TPU v6 lite': Chip(31.25 * GIB, 918e12, 1640e9, 448e9),
+}
+
+
+class Memory(NamedTuple):
+  """Bytes of HBM on one chip; outputs counts what does not reuse a donated argument. fits is the compiler's verdict."""
+
+  arguments: float
+  temporaries: float
+  outputs: float
+  total: float
+  fits: bool
+
+
+class Roofline(NamedTuple):
+  """Seconds of one step that each resource needs by itself, on one chip."""
+
+  compute: float
+  hbm: float
+  interconnect: float
+
+  @property
+  def seconds(self) -> float:
+    """The step takes at least this long: the resources work at the same time, the slowest of them all the time."""
+    return max(self)
+
+
+class Plan(NamedTuple):
+  """What one compilation said. collectives and roofline are None where the program does not fit."""
+
+  chip: Chip
+  chips: int
+  tokens: int
+  useful_flops: float
+  executed_flops: float
+  memory: Memory
+  collectives: dict[str, hlo.Traffic] | None
+  roofline: Roofline | None
+
+
+class _Abstract(NamedTuple):
+  """A recipe without its data: objective, {name: TransformerConfig} of frozen models, a batch of shapes, extra parameters."""
+
+  objective: Objective
+  frozen: Mapping[str, TransformerConfig]
+  batch: Batch | Rollouts
+  extra_params: Callable | None = None
+
+
+def topology_devices(name: str):
+  """The devices of a TPU topology such as 'v5e:4x4', described by libtpu.
+
+  Raises:
+    ConfigError: libtpu is not installed, or does not know the topology.
+  """
+  if importlib.util.find_spec('libtpu') is None:
+    raise schema.ConfigError("the TPU compiler is missing; install it with pip install -e '.[tpu]' (no TPU is needed)")
+  from jax.experimental import topologies  # loads libtpu, which only this function needs
+
+  try:
+    return topologies.get_topology_desc(platform='tpu', topology_name=name).devices
+  except jax.errors.JaxRuntimeError as error:
+    raise schema.ConfigError(f'topology {name!r} could not be described, expected a name like v5e:4x4: {error}') from error
+
+
+def plan(config: ml_collections.ConfigDict, devices) -> Plan:
+  """Compiles the train step of `config` for `devices` and reads what it needs.
+
+  Args:
+    config: of `train`; config.mesh must fit the number of devices.
+    devices: of a topology.
+
+  Raises:
+    ConfigError: unknown names or types, or a chip without data sheet.
+  """
+  parsed = schema.parse(TrainConfig, resolve(config), 'config')
+  chip = schema.choose('chip', devices[0].device_kind, CHIPS)
+  mesh = sharding.make_mesh(parsed.mesh, devices)
+  model = _model(parsed)
+  recipe = schema.choose('recipe', parsed.recipe.get('name', ''), RECIPES)(parsed.recipe, model)
+  step, arguments = _step(parsed, model, recipe, mesh)
+  with jax.set_mesh(mesh):  # only around tracing: nothing can be computed on these devices
+    stays = jax.tree.map(lambda x: x.sharding, arguments[0])
+    traced = jax.jit(step, donate_argnums=0, out_shardings=(stays, None)).trace(*arguments)
+    memory, text = _compile(traced)
+  rows, length = getattr(recipe.batch, 'batch', recipe.batch).inputs.shape
+  useful = train_flops(model, rows * length, length / 2)
+  executed = hlo.jaxpr_flops(traced.jaxpr)
+  known = Plan(chip, len(devices), rows * length, useful, executed, memory, None, None)
+  return known if text is None else _with_traffic(known, text)
+
+
+def _with_traffic(known: Plan, text: str) -> Plan:
+  program = hlo.parse(text)
+  collectives = hlo.collectives(program)
+  moved = sum(traffic.moved for traffic in collectives.values())
+  seconds = Roofline(
+      known.executed_flops / known.chips / known.chip.flops, hlo.hbm_bytes(program) / known.chip.hbm_bandwidth,
+      moved / known.chip.ici_bandwidth,
+  )
+  return known._replace(collectives=collectives, roofline=seconds)
+
+
+def _model(config: TrainConfig) -> TransformerConfig:
+  if config.model.vocab_size:
+    return config.model
+  return dataclasses.replace(config.model, vocab_size=tokenizers.load(config.tokenizer).vocab_size)
+
+
+def _placed(tree, shardings):
+  """Shapes with shardings."""
+  return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, shardings)
+
+
+def _rows(batch, mesh):
+  def one(x):
+    return jax.NamedSharding(mesh, sharding.spec(('batch',) + (None,) * (x.ndim - 1), x.shape, mesh))
+
+  return _placed(batch, jax.tree.map(one, batch))
+
+
+def _frozen(model: TransformerConfig, dtype: str, mesh):
+  params = jax.eval_shape(lambda tree: transformer.cast(tree, dtype), nn.meta.unbox(transformer.abstract_params(model)))
+  return _placed(params, sharding.shardings(transformer.param_names(model), params, mesh))
+
+
+def _step(config: TrainConfig, model, recipe: _Abstract, mesh):
+  """The step function and its abstract arguments, placed as `train` places the real ones."""
+  extra = {} if recipe.extra_params is None else jax.eval_shape(recipe.extra_params, jax.random.key(0))
+  params = {'model': nn.meta.unbox(transformer.abstract_params(model)), **extra}
+  names = {'model': transformer.param_names(model), **jax.tree.map(lambda _: PartitionSpec(), extra)}
+  tx = optimizers.make_optimizer(config.optimizer, config.num_steps, names)
+  placed = sharding.shardings(names, params, mesh)
+  state = jax.eval_shape(lambda params: init_state(params, tx, ema=config.ema_decay > 0), params)
+  rest = {name: sharding.like_params(getattr(state, name), params, placed, mesh) for name in ('step', 'opt_state', 'ema')}
+  state = _placed(state, TrainState(params=placed, **rest))
+  frozen = {name: _frozen(frozen_model, model.dtype, mesh) for name, frozen_model in recipe.frozen.items()}
+  key = _placed(jax.eval_shape(jax.random.key, 0), sharding.replicated(mesh))
+  step = build_train_step(recipe.objective, tx, microbatches=config.microbatches, ema_decay=config.ema_decay)
+  return step, (state, _rows(recipe.batch, mesh), frozen, key)
+
+
+def _compile(traced) -> tuple[Memory, str | None]:
+  try:
+    compiled = traced.lower().compile()
+  except jax.errors.JaxRuntimeError as error:
+    return out_of_memory(str(error)), None
+  stats = compiled.memory_analysis()
+  outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+  parts = (stats.argument_size_in_bytes, stats.temp_size_in_bytes, outputs)
+  return Memory(*parts, sum(parts) + stats.generated_code_size_in_bytes, True), compiled.as_text()
+
+
+_SIZE = re.compile(r'([\d.]+)([KMGT]?)')
+_UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+
+
+def out_of_memory(message: str) -> Memory:
+  """Reads the compiler's message on a program that does not fit.
+
+  Raises:
+    RuntimeError: it is a message about something else.
+  """
+  used = re.search(r'Used ([\d.]+[KMGT]?) of [\d.]+[KMGT]? hbm', message)
+  if used is None:
+    raise RuntimeError(message)
+
+  def size(pattern):
+    found = re.search(pattern, message)
+    return math.nan if found is None else _bytes(found[1])
+
+  return Memory(size(r'arguments\s+([\d.]+[KMGT]?)'), size(r'program\s+([\d.]+[KMGT]?)'), size(r'Output size ([\d.]+[KMGT]?)'), _bytes(used[1]), False)
+
+
+def _bytes(text: str) -> float:
+  number, unit = _SIZE.match(text).groups()
+  return float(number) * _UNITS[unit]
+
+
+def _batch(rows: int, length: int) -> Batch:
+  ints, mask = jax.ShapeDtypeStruct((rows, length), jnp.int32), jax.ShapeDtypeStruct((rows, length), jnp.float32)
+  return Batch(ints, ints, mask, ints, ints)
+
+
+def _rollouts(config: on_policy.RolloutConfig, *, advantages: bool) -> Rollouts:
+  rows = config.prompts * config.samples
+  tokens, numbers = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, config.length), (rows,)))
+  group = jax.ShapeDtypeStruct((rows,), jnp.int32)
+  return Rollouts(_batch(rows, config.length), tokens, tokens if advantages else None, numbers, numbers, group)
+
+
+def _sft(section, model) -> _Abstract:
+  config = schema.parse(sft.SFTConfig, section, 'config.recipe')
+  return _Abstract(sft.objective(model, head_chunk=config.head_chunk), {}, _batch(config.batch.size, config.batch.length))
+
+
+def _distill(section, model) -> _Abstract:
+  config = schema.parse(distill.DistillConfig, section, 'config.recipe')
+  teacher = checkpoints.model_config(config.teacher)
+  return _Abstract(
+      distill.objective(config.loss, model, teacher), {'teacher': teacher}, _batch(config.batch.size, config.batch.length),
+      distill.projectors(config.loss, model, teacher),
+  )
+
+
+def _on_policy_distill(section, model) -> _Abstract:
+  config = schema.parse(on_policy_distill.OnPolicyDistillConfig, section, 'config.recipe')
+  teacher = checkpoints.model_config(config.teacher)
+  return _Abstract(
+      on_policy_distill.objective(config.loss, model, teacher), {'teacher': teacher},
+      _rollouts(config.rollouts, advantages=False), distill.projectors(config.loss, model, teacher),
+  )
+
+
+def _policy_gradient(section, model) -> _Abstract:
+  config = schema.parse(policy_gradient.PolicyGradientConfig, section, 'config.recipe')
+  frozen = {'reference': checkpoints.model_config(config.kl.reference)} if config.kl.coef else {}
+  return _Abstract(
+      policy_gradient.objective(config, model, frozen.get('reference')), frozen, _rollouts(config.rollouts, advantages=True)
+  )
+
+
+RECIPES: dict[str, Callable[[Any, TransformerConfig], _Abstract]] = {
+    'sft': _sft, 'distill': _distill, 'on_policy_distill': _on_policy_distill, 'policy_gradient': _policy_gradient,
+}
+
+
+def with_head(config: ml_collections.ConfigDict, chunk: int | None) -> ml_collections.ConfigDict:
+  """The config with another chunk of the lm head: None follows the memory budget, 0 forms all logits at once."""
+  changed = ml_collections.ConfigDict(resolve(config), convert_dict=True)
+  recipe = changed.recipe
+  owner = recipe if 'head_chunk' in recipe else recipe.loss
+  with owner.ignore_type():
+    owner.head_chunk = chunk
+  return changed

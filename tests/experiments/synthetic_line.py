@@ -1,0 +1,118 @@
+"""A finished quickstart without training: stage folders in the real formats, with completions that fail at chosen rates."""
+
+import dataclasses
+import functools
+import json
+
+import numpy as np
+
+from configs import quickstart
+from experiments.quickstart import record
+from experiments.quickstart.findings import DISTILLED, STEPS
+from srm_jax import evaluate, stages
+from srm_jax.models.config import TransformerConfig
+from srm_jax.rewards import Graded
+from srm_jax.tasks import TASKS
+from srm_jax.train import resolve
+from srm_jax.types import Completion, Prompt, Spent
+
+TASK = TASKS['arithmetic_mix']
+RATES = {
+    'teacher': 0.86, 'base': 0.31, 'sft_small': 0.38, 'sft_gold': 0.49, 'sft_annotations': 0.51, 'logits': 0.60, 'hidden': 0.61,
+    'on_policy': 0.65, 'rl': 0.71,
+}
+STRATEGY_RATES = {'direct': 0.12, 'greedy': 0.71, 'sample': 0.66, 'majority': 0.76, 'best_of_n': 0.79}
+SETTINGS = record.Settings(
+    task='arithmetic_mix', size='full', seed=1234, steps=1.0, dtype='float32', minutes=12.0, estimates={'teacher': 100.0},
+    calibration={'whole': 600.0}, machine={'devices': '1 × cpu', 'cores': 2, 'processor': 'x86_64 avx2', 'jax': '0.12.0'},
+)
+
+
+@functools.cache
+def _problems(split: str, count: int, seed: int):
+  return TASK.problems(split, count=count, seed=seed)
+
+
+def _wrong(solution: str, rng) -> str:
+  """The solution with a digit changed, in a step from which on the answer is wrong too."""
+  lines = solution.splitlines()
+  place = int(rng.integers(len(lines)))
+  lines[place] = lines[place][:-1] + str((int(lines[place][-1]) + 1) % 10 if lines[place][-1].isdigit() else 7)
+  lines[-1] = f'#### {int(rng.integers(200, 999))}'
+  return '\n'.join(lines)
+
+
+def graded(problems, rate: float, *, seed: int, sampled: int = 1, scored: int = 0) -> list[Graded]:
+  """One completion a problem. Problems have one order of difficulty, so that the rows of a line agree mostly."""
+  difficulty, rng, rows = np.random.default_rng(0).random(len(problems)), np.random.default_rng(seed), []
+  for problem, hard in zip(problems, difficulty):
+    right = hard + 0.12 * rng.standard_normal() < rate
+    text = TASK.solution(problem) if right else _wrong(TASK.solution(problem), rng)
+    spent = Spent(12 * sampled, 30 * sampled, 42 * scored)
+    completion = Completion(Prompt(problem.id, TASK.prompt(problem)), 0, text, (1,) * 12, (2,) * 30, (0.0,) * 30, True, spent)
+    rows.append(Graded(problem, completion, TASK.grade(problem, text)))
+  return rows
+
+
+def _write_evaluation(folder, config, rows, student, teacher):
+  (folder / 'config.json').write_text(json.dumps(config))
+  found = {name: evaluate.summarize(grades, student, teacher) for name, grades in rows.items()}
+  (folder / 'results.json').write_text(json.dumps(found))
+  for index, (name, grades) in enumerate(rows.items()):
+    evaluate._write_completions(folder / f'completions_{index}.jsonl', name, grades)
+  return {name: {key: row[key] for key in ('accuracy', 'interval', 'n')} for name, row in found.items()}
+
+
+def _write_training(folder, config, model, seed):
+  (folder / 'config.json').write_text(json.dumps(config))
+  (folder / 'model.json').write_text(json.dumps(dataclasses.asdict(model)))
+  rng, lines, steps = np.random.default_rng(seed), [], config['num_steps']
+  loss = config['recipe'].get('loss', {})
+  for step in range(10, steps + 1, 10):
+    fall = float(np.exp(-2.5 * step / steps) + 0.03 * rng.random())
+    row = {'step': step, 'loss': 2 * fall, 'flops': 1e10 * step, 'seconds_per_step': 0.1}
+    if config['recipe']['name'] == 'sft':
+      row |= {'loss/cross_entropy': 2 * fall, 'token_accuracy': 1 - 0.8 * fall}
+    elif 'divergence' in loss:
+      row |= {'cross_entropy': 2.2 * fall, loss['divergence']: fall}
+    if 'rollouts' in config['recipe']:
+      row |= {'reward': 0.7 - 0.4 * fall}
+    lines.append(row)
+  (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  return {'step': steps, 'loss': lines[-1]['loss']}
+
+
+def make(workdir, *, count: int, seed: int = 0, settings: record.Settings = SETTINGS) -> dict[str, stages.Stage]:
+  """Writes the stages of configs/quickstart.py below a workdir, with `count` test problems, and quickstart.json."""
+  config = resolve(quickstart.get_config(settings.arg))
+  student = TransformerConfig(512, 3, 64, 4, 4, 16, 192)
+  teacher = TransformerConfig(512, 4, 128, 4, 4, 32, 384)
+  done: dict[str, stages.Stage] = {}
+  for number, name in enumerate(config['order']):
+    section = config['stages'][name]
+    folder = workdir / f'{name}-0123456789'
+    folder.mkdir(parents=True)
+    target, inner, kind = folder, section['config'], name.split('_', 1)
+    if section['run'] == 'train':
+      outcome = _write_training(folder, inner, teacher if name == 'teacher' else student, number)
+    elif section['run'] == 'evaluate':
+      inner['data']['count'] = count
+      problems = _problems(inner['data']['split'], count, inner['data']['seed'])
+      if name == 'strategies':
+        cost = {'majority': dict(sampled=8), 'best_of_n': dict(sampled=8, scored=8)}
+        rows = {row: graded(problems, rate, seed=seed + 40 + i, **cost.get(row, {})) for i, (row, rate) in enumerate(STRATEGY_RATES.items())}
+      else:
+        rate = RATES[kind[1]] * (0.4 if kind[0] == 'hard' else 1.0)
+        rows = {'greedy': graded(problems, rate, seed=seed + number)}
+      outcome = _write_evaluation(folder, inner, rows, teacher if kind[-1] == 'teacher' else student, teacher)
+    elif section['run'] == 'annotate':
+      outcome = {'problems': 2000, 'samples': 4000, 'correct': 3412, 'solved': 1801, 'sampled_tokens': 120000, 'flops': 2.2e11}
+    elif section['run'] == 'select':
+      scores = {arm: RATES[arm] for arm in STEPS if arm in (*DISTILLED, 'sft_small', 'sft_gold')}
+      outcome = {'chosen': 'on_policy', 'scores': scores}
+      target = done['on_policy'].target
+    else:
+      outcome = {'vocab_size': 512, 'texts': 20000, 'tokens_per_text': 41.0}
+    done[name] = stages.Stage(name, section['run'], folder, target, 10.0 + number, outcome)
+  record.write(workdir, settings, done)
+  return done

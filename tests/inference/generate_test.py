@@ -1,0 +1,101 @@
+"""Many prompts in, completions out: in order, whatever the batches, on one device or on a mesh."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from srm_jax import inference, sharding
+from srm_jax.models import transformer
+from srm_jax.types import Prompt, SamplingParams, Spent
+from tests.inference import models
+
+PROMPTS = [Prompt(f'p{i}', text) for i, text in enumerate(['2+2=', 'a', 'hello world', 'one', 'two three'])]
+SAMPLING = SamplingParams(max_new_tokens=8, samples=2, temperature=0.9)
+TOKENIZER = models.Characters
+
+
+@functools.cache
+def _generate(batch_size=4):
+  return inference.make_generate(models.CONFIG, models.params(), TOKENIZER, batch_size=batch_size, steps=8)
+
+
+@functools.cache
+def _results():
+  return _generate()(PROMPTS, SAMPLING)
+
+
+def _tokens(results):
+  return [[completion.tokens for completion in group] for group in results]
+
+
+def test_results_come_in_order_with_their_cost():
+  results = _results()
+  assert [[(c.prompt, c.sample) for c in group] for group in results] == [[(p, 0), (p, 1)] for p in PROMPTS]
+  for completion in (c for group in results for c in group):
+    assert completion.prompt_tokens == tuple(TOKENIZER.encode(completion.prompt.text))
+    assert completion.text == TOKENIZER.decode(completion.tokens)
+    assert len(completion.logprobs) == len(completion.tokens) <= 8 and max(completion.logprobs) < 0
+    assert completion.spent == Spent(len(completion.prompt_tokens), len(completion.tokens), 0)
+    assert completion.finished == (completion.tokens[-1] == TOKENIZER.eos_id)
+    assert completion.finished or len(completion.tokens) == 8
+  assert results[0][0].tokens != results[0][1].tokens
+
+
+def test_tokens_do_not_depend_on_the_batch():
+  assert _tokens(_generate()(PROMPTS[::-1], SAMPLING))[::-1] == _tokens(_results())
+  alone = _generate()(PROMPTS[2:3], SamplingParams(max_new_tokens=8, temperature=0.9))
+  assert alone[0][0].tokens == _results()[2][0].tokens
+
+
+def test_tokens_depend_on_the_seed_and_the_prompt_id():
+  renamed = _generate()([Prompt('other', PROMPTS[2].text)], SAMPLING)
+  reseeded = _generate()(PROMPTS[2:3], SamplingParams(max_new_tokens=8, samples=2, temperature=0.9, seed=1))
+  assert len({_tokens(renamed)[0][0], _tokens(reseeded)[0][0], _results()[2][0].tokens}) == 3
+
+
+def test_end_of_text_is_kept_once_and_ends_the_text():
+  class Early(models.Characters):
+    eos_id = int(np.bincount([token for group in _tokens(_results()) for row in group for token in row[:4]]).argmax())
+
+  stopped = inference.make_generate(models.CONFIG, models.params(), Early, batch_size=4, steps=8)(PROMPTS, SAMPLING)
+  finished = [completion for group in stopped for completion in group if completion.finished]
+  assert finished
+  for completion, free in zip(sum(stopped, []), sum(_results(), []), strict=True):
+    assert completion.tokens == free.tokens[: len(completion.tokens)]
+    assert completion.tokens.count(Early.eos_id) == completion.finished
+    assert completion.finished == (completion.tokens[-1] == Early.eos_id)
+
+
+def test_completions_run_to_the_limit_where_end_of_text_is_off():
+  class Always(models.Characters):
+    eos_id = _results()[0][0].tokens[0]
+
+  options = dict(batch_size=4, steps=8, stop_at_eos=False)
+  run = inference.make_generate(models.CONFIG, models.params(), Always, **options)(PROMPTS, SAMPLING)
+  assert all(len(c.tokens) == 8 and not c.finished for group in run for c in group)
+
+
+def test_mesh_equals_one_device():
+  if jax.device_count() < 8:
+    pytest.skip('needs 8 devices: XLA_FLAGS=--xla_force_host_platform_device_count=8')
+  mesh = sharding.make_mesh((2, 2, 2), jax.devices()[:8])
+  with jax.set_mesh(mesh):
+    abstract = jax.eval_shape(lambda: models.params())
+    placed = jax.device_put(models.params(), sharding.shardings(transformer.param_names(models.CONFIG), abstract, mesh))
+    generate = inference.make_generate(models.CONFIG, placed, TOKENIZER, batch_size=4, steps=8)
+    meshed = generate(PROMPTS[:2], SAMPLING)
+  assert _tokens(meshed) == _tokens(_results()[:2])
+  for there, here in zip(sum(meshed, []), sum(_results()[:2], []), strict=True):
+    np.testing.assert_allclose(there.logprobs, here.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize('text, message', [('', "prompt 'bad' has no tokens"), ('x' * 249, "prompt 'bad' has 249 tokens.*248")])
+def test_impossible_prompts_are_named(text, message):
+  with pytest.raises(ValueError, match=message):
+    _generate()([PROMPTS[0], Prompt('bad', text)], SAMPLING)
+
+
+def test_no_prompts_no_completions():
+  assert _generate()([], SAMPLING) == []

@@ -1,0 +1,110 @@
+import importlib.util
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from experiments import plan as main
+from srm_jax import plan, schema
+from srm_jax.models.config import TransformerConfig, num_params
+from tests import tiny
+
+GIB = 2**30
+
+
+@pytest.fixture
+def cpu_chip(monkeypatch):
+  """A data sheet for the CPU devices that stand in for a topology's."""
+  chip = plan.Chip(GIB, 1e12, 1e11, 1e10)
+  monkeypatch.setitem(plan.CHIPS, jax.devices()[0].device_kind, chip)
+  return chip
+
+
+def test_a_plan_counts_state_and_batch_over_the_chips(cpu_chip):
+  config = tiny.sft(mesh=(1, 4, 1), model=dict(vocab_size=64))
+  found = plan.plan(config, jax.devices()[:4])
+  parameters = num_params(TransformerConfig(**config.model.to_dict()))
+  batch = 5 * 4 * 4 * 32 // 4  # five fields of 4 x 32 numbers of 4 bytes, a row a chip
+  state = 3 * 4 * parameters  # parameters and two moments of Adam
+  assert state / 4 + batch < found.memory.arguments < state / 4 * 1.2 + batch + 100  # norms stay whole on every chip
+  assert found.memory.fits and found.memory.outputs < 1000  # the donated state is written in place
+  assert found.memory.total >= found.memory.arguments + found.memory.temporaries
+  assert (found.chips, found.tokens) == (4, 128)
+  assert found.collectives['all-gather'].count > 0
+  assert 0.9 < found.executed_flops / found.useful_flops < 1.2  # no recomputation; attention is computed in full, counted in half
+  np.testing.assert_allclose(found.roofline.compute, found.executed_flops / 4 / cpu_chip.flops)
+  assert found.roofline.seconds == max(found.roofline) > 0
+  console = main.rich.console.Console(record=True, width=120)
+  main.show('as configured', found, console)
+  text = console.export_text()
+  assert 'all-gather' in text and '1.00 GiB (fits)' in text and '4 chips, 128 tokens' in text
+
+
+def test_rollouts_and_frozen_models_have_the_shapes_that_recipes_make():
+  recipe = tiny.grpo().recipe.to_dict()
+  model = TransformerConfig(**base.model(**{**tiny.MODEL, 'vocab_size': 64}))
+  abstract = plan.RECIPES['policy_gradient'](recipe, model)
+  real = tiny.random_rollouts(rows=8, length=16)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract.batch) == jax.tree.map(lambda x: (x.shape, x.dtype), real)
+  with pytest.raises(schema.ConfigError, match='model.json'):
+    plan.RECIPES['distill'](base.distill('nowhere', tiny.data(), tiny.batch(), base.distillation()).to_dict(), model)
+
+
+def test_every_recipe_can_be_planned():
+  from srm_jax.recipes import RECIPES
+
+  assert plan.RECIPES.keys() == RECIPES.keys()
+
+
+def test_the_head_is_changed_wherever_the_recipe_keeps_it():
+  assert plan.with_head(tiny.sft(), 0).recipe.head_chunk == 0
+  config = tiny.train(base.distill('x', tiny.data(), tiny.batch(), base.distillation()))
+  assert plan.with_head(config, 0).recipe.loss.head_chunk == 0
+  assert plan.with_head(plan.with_head(config, 0), None).recipe.loss.head_chunk is None
+  assert config.recipe.loss.head_chunk is None
+
+
+def test_a_program_that_does_not_fit_is_read_from_the_message():
+  message = (
+      'RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 33.27G of 15.75G hbm. '
+      'Exceeded hbm capacity by 17.52G.\n\nTotal hbm usage >= 33.79G:\n    reserved        530.00M \n    program          32.89G \n'
+      '    arguments       388.15M \n\nOutput size 386.26M; shares 386.25M with arguments.\n'
+  )
+  memory = plan.out_of_memory(message)
+  assert not memory.fits
+  np.testing.assert_allclose([memory.total, memory.temporaries, memory.arguments], [33.27 * GIB, 32.89 * GIB, 388.15 * 2**20])
+  np.testing.assert_allclose(memory.outputs, 0.01 * 2**20, atol=1e4)
+  assert math.isnan(plan.out_of_memory('Used 20G of 15.75G hbm').arguments)
+  with pytest.raises(RuntimeError, match='something else'):
+    plan.out_of_memory('something else')
+
+
+def test_without_libtpu_the_message_says_what_to_install(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(schema.ConfigError, match=r"pip install -e '\.\[tpu\]'"):
+    plan.topology_devices('v5e:4x4')
+
+
+def test_an_unknown_chip_is_named():
+  with pytest.raises(schema.ConfigError, match="chip 'cpu' unknown.*TPU v5 lite"):
+    plan.plan(tiny.sft(mesh=(1, 1, 1), model=dict(vocab_size=64)), jax.devices()[:1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs the tpu extra')
+def test_the_tpu_compiler_plans_a_small_run():
+  root = pathlib.Path(__file__).resolve().parents[1]
+  command = [sys.executable, '-m', 'experiments.plan', '--config=configs/sft/qwen2p5_0p5b.py:smoke', '--topology=v5e:2x2', '--dense']
+  environment = {key: value for key, value in os.environ.items() if key != 'XLA_FLAGS'}
+  done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr
+  assert 'chunked head: 4 chips, 512 tokens' in done.stdout and 'dense head: 4 chips' in done.stdout
+  assert done.stdout.count('15.75 GiB (fits)') == 2 and done.stdout.count('all-gather') == 2
+  unknown = subprocess.run([*command[:-2], '--topology=v5e:3x17'], cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+  assert unknown.returncode == 2 and 'v5e:3x17' in unknown.stderr

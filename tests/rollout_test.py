@@ -1,0 +1,90 @@
+"""Completions become rows: every sampled token once, with its log-probability and its row's advantage."""
+
+import collections
+
+import numpy as np
+import pytest
+
+from srm_jax.losses.advantages import ADVANTAGES
+from srm_jax.rewards import Graded
+from srm_jax.rollout import rollout, subsample, to_rollouts
+from srm_jax.types import Completion, Prompt, SamplingParams
+from tests.tiny import SUMS
+
+
+def completion(problem, sample, text, *, tokens=(1,), prompt_tokens=(5, 6), finished=True):
+  logprobs = tuple(-0.1 * (i + 1) - sample for i in range(len(tokens)))
+  return Completion(Prompt(problem.id, SUMS.prompt(problem)), sample, text, tuple(prompt_tokens), tuple(tokens), logprobs, finished)
+
+
+@pytest.fixture(scope='module')
+def groups():
+  """Two problems of two completions; the last one of the first group cannot be scored."""
+  first, second = SUMS.problems('train', count=2)
+  one = lambda problem, sample, tokens, reward, prompt: Graded(
+      problem, completion(problem, sample, '', tokens=tokens, prompt_tokens=prompt), reward
+  )
+  return [
+      [one(first, 0, (11, 12, 13), 1.0, (1, 2)), one(first, 1, (14,), None, (1, 2))],
+      [one(second, 0, (15, 16), 1.0, (3, 4, 5)), one(second, 1, (17, 18), 0.0, (3, 4, 5))],
+  ]
+
+
+def test_every_sampled_token_is_scored_once_where_it_is_predicted(groups):
+  made = to_rollouts(groups, length=8, pad_id=0)
+  rows = [one.completion for group in groups for one in group]
+  assert made.advantages is None
+  for i, row in enumerate(rows):
+    scored = np.flatnonzero(made.batch.loss_mask[i])
+    np.testing.assert_array_equal(scored, len(row.prompt_tokens) - 1 + np.arange(len(row.tokens)))
+    np.testing.assert_array_equal(made.batch.targets[i, scored], row.tokens)
+    np.testing.assert_allclose(made.sampler_logprobs[i, scored], row.logprobs, rtol=1e-6)
+    np.testing.assert_array_equal(made.batch.inputs[i, : len(row.prompt_tokens)], row.prompt_tokens)
+    np.testing.assert_array_equal(made.batch.inputs[i, scored[1:]], row.tokens[:-1])
+  assert not made.sampler_logprobs[made.batch.loss_mask == 0].any()
+
+
+def test_rewards_groups_and_validity(groups):
+  made = to_rollouts(groups, length=8, pad_id=0)
+  np.testing.assert_array_equal(made.rewards, [1, 0, 1, 0])
+  np.testing.assert_array_equal(made.valid, [1, 0, 1, 1])
+  np.testing.assert_array_equal(made.group, [0, 0, 1, 1])
+
+
+@pytest.mark.parametrize('name', ADVANTAGES)
+def test_advantages_lie_on_sampled_tokens_alone(groups, name):
+  made = to_rollouts(groups, length=8, pad_id=0, advantage=ADVANTAGES[name])
+  assert not made.advantages[made.batch.loss_mask == 0].any()
+  assert not made.advantages[:2].any()  # one member that can be scored: nothing to compare it with
+  for row, sign in ((2, 1), (3, -1)):
+    on_tokens = made.advantages[row][made.batch.loss_mask[row] > 0]
+    assert len(set(on_tokens)) == 1 and np.sign(on_tokens[0]) == sign
+
+
+def test_a_row_that_does_not_fit_is_refused(groups):
+  with pytest.raises(ValueError, match='context is 4'):
+    to_rollouts(groups, length=4, pad_id=0)
+
+
+def test_rollout_keeps_the_order_of_the_problems():
+  problems = SUMS.problems('train', count=3)
+
+  def generate(prompts, sampling):
+    by_id = {problem.id: problem for problem in problems}
+    return [[completion(by_id[prompt.id], i, f'#### {eval(prompt.text)}') for i in range(sampling.samples)] for prompt in prompts]
+
+  groups = rollout(generate, SUMS, problems, SamplingParams(samples=2))
+  assert [[one.problem.id for one in group] for group in groups] == [[problem.id] * 2 for problem in problems]
+  assert all(one.reward == 1.0 for group in groups for one in group)
+
+
+def test_subsample_covers_every_problem_once_an_epoch_and_is_a_pure_function():
+  problems = SUMS.problems('train', count=10)
+  draws = [subsample(problems, 4, seed=3, step=step) for step in range(10)]
+  ids = [problem.id for draw in draws for problem in draw]
+  for epoch in range(4):
+    assert sorted(ids[10 * epoch : 10 * (epoch + 1)]) == sorted(problem.id for problem in problems)
+  assert ids[:10] != ids[10:20]
+  assert subsample(problems, 4, seed=3, step=7) == draws[7]
+  assert [subsample(problems, 4, seed=4, step=step) for step in range(10)] != draws
+  assert collections.Counter(ids).most_common()[0][1] == 4
