@@ -4,7 +4,7 @@ Used by configs/quickstart.py; python -m experiments.quickstart prints what it r
 """
 
 _MUON = dict(name='muon', learning_rate=3e-3, matrix_learning_rate=0.02)
-_GENTLE = dict(name='muon', learning_rate=1e-3, matrix_learning_rate=0.005)
+_ARM = dict(name='muon', learning_rate=2e-3, matrix_learning_rate=0.015)
 _RL = dict(name='adamw', learning_rate=3e-4, schedule='constant', warmup_steps=5, weight_decay=0.0)
 
 _ARITHMETIC = dict(
@@ -12,8 +12,8 @@ _ARITHMETIC = dict(
     teacher=dict(embed_dim=128, num_layers=4, num_heads=4, mlp_dim=384),
     student=dict(embed_dim=64, num_layers=3, num_heads=4, mlp_dim=192),
     divergence='forward_kl', on_policy_divergence='reverse_kl', hidden_weight=1.0,
-    optimizer=dict(teacher=_MUON, base=_MUON, arm=_GENTLE, on_policy=_GENTLE, rl=_RL),
-    annotations=2, opd_prompts=96, rl_prompts=32, group=8, votes=8,
+    optimizer=dict(teacher=_MUON, base=_MUON, arm=_ARM, on_policy=_ARM, rl=_RL),
+    annotations=2, opd_prompts=48, rl_prompts=32, group=8, votes=8,
 )
 _GSM8K = _ARITHMETIC | dict(
     vocab=1024, length=512, row=512, context=640, new_tokens=200, rows=8, decode_rows=128, opd_prompts=32, rl_prompts=8,
@@ -22,8 +22,8 @@ _GSM8K = _ARITHMETIC | dict(
 SIZES = {
     'arithmetic_mix': _ARITHMETIC,
     'arithmetic_mix/full': dict(
-        teacher_problems=20_000, gold=1000, prompts=2000, rl_problems=4000, dev=400, test=1000, hard=300,
-        steps=dict(teacher=400, base=100, arm=120, rl=40),
+        teacher_problems=16_000, gold=2000, prompts=3000, rl_problems=4000, dev=400, test=1000, hard=300,
+        steps=dict(teacher=500, base=400, arm=200, rl=30),
     ),
     'arithmetic_mix/smoke': dict(
         teacher_problems=2000, gold=200, prompts=64, rl_problems=200, dev=32, test=64, hard=32, votes=4, annotations=2,

@@ -16,7 +16,7 @@ say() { printf 'srm_jax: %s\n' "$*" >&2; }
 candidates() {
   type -aP "python$1" python3 python || true
   ls -d "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$1".*/bin/python3 "$HOME"/.local/share/uv/python/cpython-"$1"*/bin/python3 \
-    "$HOME"/.local/bin/"python$1" /usr/local/bin/"python$1" /opt/homebrew/bin/"python$1" 2>/dev/null || true
+    "$HOME"/.local/bin/"python$1" 2>/dev/null || true
 }
 
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true; }
@@ -89,7 +89,7 @@ install() {
   : >"$venv/installing"
   rm -f "$venv/installed"
   install_sat_solver
-  "$venv_python" -m pip install --progress-bar off --disable-pip-version-check -c experiments/constraints.txt -e ".[$1]" 2>&1 |
+  "$venv_python" -m pip install --no-compile --progress-bar off --disable-pip-version-check -c experiments/constraints.txt -e ".[$1]" 2>&1 |
     tee "$log" | while IFS= read -r line; do
       case $line in
         Collecting*|Building*|Installing*) [ ! -t 2 ] || printf '\r\033[K  %.70s' "$line" >&2 ;;

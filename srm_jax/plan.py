@@ -213,7 +213,9 @@ def out_of_memory(message: str) -> Memory:
     found = re.search(pattern, message)
     return math.nan if found is None else _bytes(found[1])
 
-  return Memory(size(r'arguments\s+([\d.]+[KMGT]?)'), size(r'program\s+([\d.]+[KMGT]?)'), size(r'Output size ([\d.]+[KMGT]?)'), _bytes(used[1]), False)
+  number = r'([\d.]+[KMGT]?)'
+  outputs = size(f'Output size {number}') - size(f'shares {number} with arguments')
+  return Memory(size(rf'arguments\s+{number}'), size(rf'program\s+{number}'), outputs, _bytes(used[1]), False)
 
 
 def _bytes(text: str) -> float:

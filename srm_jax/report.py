@@ -214,9 +214,15 @@ class Comparison(NamedTuple):
 
 
 def _by_setting(cells: Sequence[Cell]) -> dict[str, dict[int, Cell]]:
+  """{label: {seed: cell}}; what all cells share is left out of the labels."""
+  values: dict[str, set] = {}
+  for cell in cells:
+    for key, value in cell['settings'].items():
+      values.setdefault(key, set()).add(value)
   groups: dict[str, dict[int, Cell]] = {}
   for cell in cells:
-    groups.setdefault(label(cell['settings']), {})[cell['seed']] = cell
+    varied = {key: value for key, value in cell['settings'].items() if len(values[key]) > 1}
+    groups.setdefault(label(varied), {})[cell['seed']] = cell
   return groups
 
 

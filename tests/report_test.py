@@ -91,9 +91,10 @@ def test_a_label_is_short_where_that_is_unambiguous():
 
 
 def test_summary_is_the_mean_and_spread_over_seeds():
-  cells = [_cell(1, greedy=[1, 1, 0, 0]), _cell(2, greedy=[1, 0, 0, 0]), _cell(2, {'a.x': '2'}, greedy=[1, 1, 1, 1])]
+  cells = [_cell(1, {'a.x': '1', 'b': '0'}, greedy=[1, 1, 0, 0]), _cell(2, {'a.x': '1', 'b': '0'}, greedy=[1, 0, 0, 0])]
+  cells += [_cell(2, {'a.x': '2', 'b': '0'}, greedy=[1, 1, 1, 1])]
   first, second = report.summarize(cells)
-  assert (first.accuracy, first.seeds, first.n) == (0.375, 2, 8)
+  assert (first.setting, first.accuracy, first.seeds, first.n) == ('x=1', 0.375, 2, 8)  # b is the same in all
   np.testing.assert_allclose(first.deviation, 0.25 / np.sqrt(2))
   assert (second.setting, second.accuracy, second.seeds) == ('x=2', 1.0, 1) and np.isnan(second.deviation)
   assert report.records([second])[0]['deviation'] is None

@@ -5,6 +5,7 @@ bash experiments/quickstart.sh [--task=gsm8k] [--smoke] [--seed=N] [--minutes=12
 The same command continues a stopped run, with the seed, step counts and dtype that it was started with.
 """
 
+import logging
 import pathlib
 import time
 
@@ -141,6 +142,7 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}')
   command.show_progress_of_library()
+  logging.getLogger('srm_jax').setLevel(logging.WARNING)  # the outcome of a stage says enough
   runtime.prepare()
   workdir = pathlib.Path(FLAGS.workdir) if FLAGS.workdir else workdir_for(FLAGS.task, FLAGS.smoke)
   size = 'smoke' if FLAGS.smoke else 'full'

@@ -24,6 +24,7 @@ from srm_jax.types import Batch, Prompt, SamplingParams
 
 DTYPES = ('float32', 'bfloat16')
 STEP_SHARE = 0.25  # of the rate of bare products that a whole train step reaches, where none was measured
+STEP_MARGIN, PRODUCT_MARGIN = 1.1, 2.0  # how much faster bfloat16 must be
 DECODE_COST = 3.0  # times a training token, for a decoded token, where none was measured
 PROMPT_TOKENS = 24
 
@@ -42,6 +43,13 @@ class Speed(NamedTuple):
   seconds: float
 
 
+class Timed(NamedTuple):
+  """seconds of one call, a token or product; seconds that its program took to compile."""
+
+  seconds: float
+  compiling: float
+
+
 def calibrate(config: Mapping[str, Any], *, limit: float) -> Speed:
   """Measures on this machine what the models of a quickstart config cost.
 
@@ -50,72 +58,84 @@ def calibrate(config: Mapping[str, Any], *, limit: float) -> Speed:
     limit: seconds; a measurement that would begin later is replaced by an extrapolation. 0 measures products only.
   """
   start, stages = time.perf_counter(), config['stages']
+  vocab = stages['tokenizer']['config']['vocab_size']
   sections = {name: stages[stage]['config'] for name, stage in (('teacher', 'teacher'), ('student', 'base'))}
-  mesh = sharding.make_mesh()
-  with jax.set_mesh(mesh):
-    batch = sections['teacher']['recipe']['batch']
-    rates = {dtype: _product_rate(sections['teacher']['model'], batch, dtype) for dtype in DTYPES}
-    hopeless = rates['bfloat16'] < rates['float32']
-    train, compiling = {}, []
-    dtypes = ('float32',) if hopeless else DTYPES
-    steps = {dtype: _train_token(sections['teacher'], dtype) for dtype in dtypes if time.perf_counter() - start < limit}
-    dtype = min(steps, key=lambda name: steps[name][0]) if len(steps) == len(dtypes) else max(rates, key=rates.get)
-    if dtype in steps:
-      train['teacher'], seconds = steps[dtype]
-      compiling.append(seconds)
-    if time.perf_counter() - start < limit:
-      train['student'], seconds = _train_token(sections['student'], dtype)
-      compiling.append(seconds)
+
+  def in_time() -> bool:
+    return time.perf_counter() - start < limit
+
+  with jax.set_mesh(sharding.make_mesh()):
+    rates = {dtype: _product_rate(sections['teacher'], dtype) for dtype in DTYPES}
+    tried = DTYPES if rates['bfloat16'] > rates['float32'] else DTYPES[:1]
+    steps = {dtype: _train_token(sections['teacher'], vocab, dtype) for dtype in tried if in_time()}
+    dtype = choose(rates, {name: timed.seconds for name, timed in steps.items()})
+    train = {'teacher': steps[dtype]} if dtype in steps else {}
+    if in_time():
+      train['student'] = _train_token(sections['student'], vocab, dtype)
     decode = {}
-    if time.perf_counter() - start < limit:
-      decode['student'], seconds = _decode_token(sections['student'], stages['annotate']['config'], dtype)
-      compiling.append(seconds)
-  flops = {name: train_flops(_model(section, dtype), 1) for name, section in sections.items()}
-  train = _complete(train, flops, 1 / (STEP_SHARE * rates[dtype]))
-  decode = _complete(decode, flops, DECODE_COST * train['student'] / flops['student'])
-  compile_seconds = float(np.mean(compiling)) if compiling else 0.0
-  return Speed(dtype, train, decode, compile_seconds, rates, time.perf_counter() - start)
+    if in_time():
+      decode['student'] = _decode_token(sections['student'], vocab, stages['annotate']['config'], dtype)
+  flops = {name: train_flops(_model(section, vocab, dtype), 1) for name, section in sections.items()}
+  train_seconds = _complete(train, flops, 1 / (STEP_SHARE * rates[dtype]))
+  decode_seconds = _complete(decode, flops, DECODE_COST * train_seconds['student'] / flops['student'])
+  compiling = [timed.compiling for timed in (*train.values(), *decode.values())]
+  mean = float(np.mean(compiling)) if compiling else 0.0
+  return Speed(dtype, train_seconds, decode_seconds, mean, rates, time.perf_counter() - start)
 
 
-def _complete(measured: Mapping[str, float], flops: Mapping[str, float], otherwise: float) -> dict[str, float]:
+def choose(rates: Mapping[str, float], steps: Mapping[str, float]) -> str:
+  """bfloat16 where it is clearly faster: a tie goes to float32, in which the reference was made.
+
+  Args:
+    rates: FLOP/s of products by dtype, which decide where not both steps were timed. They say less than a step does.
+    steps: seconds of a train step by dtype.
+  """
+  if set(steps) == set(DTYPES):
+    return 'bfloat16' if STEP_MARGIN * steps['bfloat16'] < steps['float32'] else 'float32'
+  return 'bfloat16' if rates['bfloat16'] > PRODUCT_MARGIN * rates['float32'] else 'float32'
+
+
+def _complete(measured: Mapping[str, Timed], flops: Mapping[str, float], otherwise: float) -> dict[str, float]:
   """Seconds a token for every model: measured, or in proportion to FLOPs from one that was, or `otherwise` a FLOP."""
-  rate = next((seconds / flops[name] for name, seconds in measured.items()), otherwise)
-  return {name: measured.get(name, rate * flops[name]) for name in flops}
+  rate = next((timed.seconds / flops[name] for name, timed in measured.items()), otherwise)
+  return {name: measured[name].seconds if name in measured else rate * flops[name] for name in flops}
 
 
-def _fastest(call: Callable[[], Any], repeats: int = 3) -> tuple[float, float]:
-  """(shortest seconds, seconds of the first call beyond that: compilation)."""
+def _fastest(call: Callable[[], Any], repeats: int = 3) -> Timed:
+  """The shortest of several calls; what the first took beyond that is compilation."""
   seconds = []
   for _ in range(repeats + 1):
     start = time.perf_counter()
     jax.block_until_ready(call())
     seconds.append(time.perf_counter() - start)
   best = min(seconds[1:])
-  return best, max(0.0, seconds[0] - best)
+  return Timed(best, max(0.0, seconds[0] - best))
 
 
-def _product_rate(model, batch, dtype: str) -> float:
+def _product_rate(section, dtype: str) -> float:
   """FLOP/s of a layer's forward product and both gradients."""
+  model, batch = section['model'], section['recipe']['batch']
   tokens, wide, narrow = batch['size'] * batch['length'], model['mlp_dim'], model['embed_dim']
   x, w, g = (jnp.ones(shape, dtype) for shape in ((tokens, narrow), (narrow, wide), (tokens, wide)))
   products = jax.jit(lambda x, w, g: (x @ w, g @ w.T, x.T @ g))
-  seconds, _ = _fastest(lambda: products(x, w, g), repeats=5)
-  return 6.0 * tokens * wide * narrow / seconds
+  return 6.0 * tokens * wide * narrow / _fastest(lambda: products(x, w, g), repeats=5).seconds
 
 
-def _model(section, dtype: str) -> TransformerConfig:
-  """The model of a training section; where the tokenizer is still to be made, with the vocabulary that it will have."""
+def _model(section, vocab: int, dtype: str) -> TransformerConfig:
+  """The model of a training section, with the vocabulary that the tokenizer will have."""
   model = schema.parse(TransformerConfig, dict(section['model']), 'model')
-  return dataclasses.replace(model, dtype=dtype, vocab_size=model.vocab_size or 512)
+  return dataclasses.replace(model, dtype=dtype, vocab_size=vocab)
 
 
-def _train_token(section, dtype: str) -> tuple[float, float]:
-  """(seconds a token of a full batch, seconds of compiling) of the section's train step, with its optimizer."""
-  model, shape = _model(section, dtype), (section['recipe']['batch']['size'], section['recipe']['batch']['length'])
+def _train_token(section, vocab: int, dtype: str) -> Timed:
+  """A token of a full batch in the section's train step, with its optimizer."""
+  model, recipe = _model(section, vocab, dtype), section['recipe']
+  shape = (recipe['batch']['size'], recipe['batch']['length'])
   names = {'model': transformer.param_names(model)}
   options = schema.parse(optimizers.OptimizerConfig, dict(section['optimizer']), 'optimizer')
   tx = optimizers.make_optimizer(options, section['num_steps'], names)
-  step = jax.jit(train_step.build_train_step(sft.objective(model, head_chunk=None), tx), donate_argnums=0)
+  objective = sft.objective(model, head_chunk=recipe['head_chunk'])
+  step = jax.jit(train_step.build_train_step(objective, tx), donate_argnums=0)
   params = {'model': transformer.init_params(model, jax.random.key(0))}
   state, key = train_step.init_state(params, tx), jax.random.key(1)
   batch = sharding.shard_rows(_random_batch(model, shape), jax.sharding.get_mesh())
@@ -125,8 +145,8 @@ def _train_token(section, dtype: str) -> tuple[float, float]:
     state, metrics = step(state, batch, {}, key)
     return metrics['loss'].total
 
-  seconds, compiling = _fastest(once)
-  return seconds / (shape[0] * shape[1]), compiling
+  timed = _fastest(once)
+  return timed._replace(seconds=timed.seconds / (shape[0] * shape[1]))
 
 
 def _random_batch(model: TransformerConfig, shape) -> Batch:
@@ -135,16 +155,16 @@ def _random_batch(model: TransformerConfig, shape) -> Batch:
   return Batch(tokens, tokens, np.ones(shape, np.float32), positions, np.ones(shape, np.int32))
 
 
-def _decode_token(section, annotate, dtype: str) -> tuple[float, float]:
-  """(seconds a sampled token in a full batch that runs to its limit, seconds of compiling)."""
-  model, rows = _model(section, dtype), annotate['batch_size']
+def _decode_token(section, vocab: int, annotate, dtype: str) -> Timed:
+  """A sampled token in a full batch that runs to its limit."""
+  model, rows = _model(section, vocab, dtype), annotate['batch_size']
   blank = types.SimpleNamespace(encode=lambda text: [1] * PROMPT_TOKENS, decode=lambda tokens: '', eos_id=2)
   params = jax.jit(transformer.init_params, static_argnums=0)(model, jax.random.key(0))
   generate = make_generate(model, params, blank, batch_size=rows, stop_at_eos=False)
   prompts = [Prompt(str(row), '') for row in range(rows)]
   sampling = SamplingParams(max_new_tokens=annotate['sampling']['max_new_tokens'])
-  seconds, compiling = _fastest(lambda: len(generate(prompts, sampling)), repeats=1)
-  return seconds / (rows * sampling.max_new_tokens), compiling
+  timed = _fastest(lambda: len(generate(prompts, sampling)), repeats=1)
+  return timed._replace(seconds=timed.seconds / (rows * sampling.max_new_tokens))
 
 
 def machine() -> dict[str, Any]:

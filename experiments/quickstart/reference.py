@@ -1,8 +1,9 @@
 """Five runs with different seeds as a band for one new run: experiments/quickstart/reference.json.
 
+python -m experiments.sweep --config=configs/quickstart.py --seeds=5 --workdir=runs/reference
 python -m experiments.quickstart.reference --workdir=runs/reference [--seeds=1,2,3,4,5] [--arg=task=arithmetic_mix]
 
-Stages that `experiments.sweep` (or a stopped call of this command) has finished in the workdir are not run again.
+The second command runs only what the first (or a stopped call of either) has not finished in the workdir.
 
 The band is the 95 % prediction interval of one new run, t-based: mean +- t(k - 1) s sqrt(1 + 1/k) over k seeds. It is
 wider than the interval of the mean, which says where the average of many runs lies and not where yours does. s is

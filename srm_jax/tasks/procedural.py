@@ -154,13 +154,13 @@ FAMILIES: dict[str, Family] = {
 PRESETS: dict[str, dict[str, Mapping[str, Mapping[str, Any]]]] = {
     'arithmetic_mix': {
         'families': {
-            'chain_sum': {'min_terms': 2, 'max_terms': 4, 'min_digits': 1, 'max_digits': 2},
-            'leg_counting': {'min_animals': 2, 'max_animals': 4, 'min_instances': 1, 'max_instances': 9},
+            'chain_sum': {'min_terms': 2, 'max_terms': 5, 'min_digits': 1, 'max_digits': 1},
+            'leg_counting': {'min_animals': 2, 'max_animals': 3, 'min_instances': 1, 'max_instances': 5},
             'basic_arithmetic': {'min_terms': 2, 'max_terms': 4, 'min_digits': 1, 'max_digits': 1},
         },
         'hard': {
-            'chain_sum': {'min_terms': 5, 'max_terms': 6, 'min_digits': 1, 'max_digits': 2},
-            'leg_counting': {'min_animals': 5, 'max_animals': 6, 'min_instances': 1, 'max_instances': 9},
+            'chain_sum': {'min_terms': 6, 'max_terms': 8, 'min_digits': 1, 'max_digits': 1},
+            'leg_counting': {'min_animals': 4, 'max_animals': 5, 'min_instances': 1, 'max_instances': 5},
             'basic_arithmetic': {'min_terms': 5, 'max_terms': 6, 'min_digits': 1, 'max_digits': 1},
         },
     },

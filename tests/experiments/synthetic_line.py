@@ -1,4 +1,4 @@
-"""A finished quickstart without training: stage folders in the real formats, with completions that fail at chosen rates."""
+"""A finished quickstart without training: stages in the real formats, with completions that fail at chosen rates."""
 
 import dataclasses
 import functools
@@ -8,7 +8,6 @@ import numpy as np
 
 from configs import quickstart
 from experiments.quickstart import record
-from experiments.quickstart.findings import DISTILLED, STEPS
 from srm_jax import evaluate, stages
 from srm_jax.models.config import TransformerConfig
 from srm_jax.rewards import Graded
@@ -18,13 +17,14 @@ from srm_jax.types import Completion, Prompt, Spent
 
 TASK = TASKS['arithmetic_mix']
 RATES = {
-    'teacher': 0.86, 'base': 0.31, 'sft_small': 0.38, 'sft_gold': 0.49, 'sft_annotations': 0.51, 'logits': 0.60, 'hidden': 0.61,
-    'on_policy': 0.65, 'rl': 0.71,
+    'teacher': 0.86, 'base': 0.31, 'sft_small': 0.38, 'sft_gold': 0.49, 'sft_annotations': 0.51, 'logits': 0.60,
+    'hidden': 0.61, 'on_policy': 0.65, 'rl': 0.71,
 }
 STRATEGY_RATES = {'direct': 0.12, 'greedy': 0.71, 'sample': 0.66, 'majority': 0.76, 'best_of_n': 0.79}
 SETTINGS = record.Settings(
-    task='arithmetic_mix', size='full', seed=1234, steps=1.0, dtype='float32', minutes=12.0, estimates={'teacher': 100.0},
-    calibration={'whole': 600.0}, machine={'devices': '1 × cpu', 'cores': 2, 'processor': 'x86_64 avx2', 'jax': '0.12.0'},
+    task='arithmetic_mix', size='full', seed=1234, steps=1.0, dtype='float32', minutes=12.0,
+    estimates={'teacher': 100.0}, calibration={'whole': 600.0},
+    machine={'devices': '1 × cpu', 'cores': 2, 'processor': 'x86_64 avx2', 'jax': '0.12.0'},
 )
 
 
@@ -49,7 +49,8 @@ def graded(problems, rate: float, *, seed: int, sampled: int = 1, scored: int = 
     right = hard + 0.12 * rng.standard_normal() < rate
     text = TASK.solution(problem) if right else _wrong(TASK.solution(problem), rng)
     spent = Spent(12 * sampled, 30 * sampled, 42 * scored)
-    completion = Completion(Prompt(problem.id, TASK.prompt(problem)), 0, text, (1,) * 12, (2,) * 30, (0.0,) * 30, True, spent)
+    prompt = Prompt(problem.id, TASK.prompt(problem))
+    completion = Completion(prompt, 0, text, (1,) * 12, (2,) * 30, (0.0,) * 30, True, spent)
     rows.append(Graded(problem, completion, TASK.grade(problem, text)))
   return rows
 
@@ -82,37 +83,48 @@ def _write_training(folder, config, model, seed):
   return {'step': steps, 'loss': lines[-1]['loss']}
 
 
-def make(workdir, *, count: int, seed: int = 0, settings: record.Settings = SETTINGS) -> dict[str, stages.Stage]:
+def _evaluation(name: str, number: int, problems, seed: int) -> dict[str, list[Graded]]:
+  """Graded completions of the rows of an evaluation stage."""
+  if name != 'strategies':
+    split, model = name.split('_', 1)
+    return {'greedy': graded(problems, RATES[model] * (0.4 if split == 'hard' else 1.0), seed=seed + number)}
+  cost = {'majority': dict(sampled=8), 'best_of_n': dict(sampled=8, scored=8)}
+  return {
+      row: graded(problems, rate, seed=seed + 40 + place, **cost.get(row, {}))
+      for place, (row, rate) in enumerate(STRATEGY_RATES.items())
+  }
+
+
+STUDENT, TEACHER = TransformerConfig(512, 3, 64, 4, 4, 16, 192), TransformerConfig(512, 4, 128, 4, 4, 32, 384)
+ANNOTATED = {
+    'problems': 2000, 'samples': 4000, 'correct': 3412, 'solved': 1801, 'sampled_tokens': 120000, 'flops': 2.2e11,
+}
+
+
+def _write(name: str, number: int, section, folder, count: int, seed: int) -> dict:
+  """Fills the folder of a stage; its outcome."""
+  config, model = section['config'], TEACHER if name.endswith('teacher') else STUDENT
+  if section['run'] == 'train':
+    return _write_training(folder, config, model, number)
+  if section['run'] == 'evaluate':
+    config['data']['count'] = count
+    problems = _problems(config['data']['split'], count, config['data']['seed'])
+    return _write_evaluation(folder, config, _evaluation(name, number, problems, seed), model, TEACHER)
+  if section['run'] == 'select':
+    return {'chosen': 'on_policy', 'scores': {arm: RATES[arm] for arm in config['candidates']}}
+  return ANNOTATED if section['run'] == 'annotate' else {'vocab_size': 512, 'texts': 20000, 'tokens_per_text': 41.0}
+
+
+def make(
+    workdir, *, count: int, seed: int = 0, settings: record.Settings = SETTINGS
+) -> dict[str, stages.Stage]:
   """Writes the stages of configs/quickstart.py below a workdir, with `count` test problems, and quickstart.json."""
-  config = resolve(quickstart.get_config(settings.arg))
-  student = TransformerConfig(512, 3, 64, 4, 4, 16, 192)
-  teacher = TransformerConfig(512, 4, 128, 4, 4, 32, 384)
-  done: dict[str, stages.Stage] = {}
+  config, done = resolve(quickstart.get_config(settings.arg)), {}
   for number, name in enumerate(config['order']):
-    section = config['stages'][name]
-    folder = workdir / f'{name}-0123456789'
+    folder, section = workdir / f'{name}-0123456789', config['stages'][name]
     folder.mkdir(parents=True)
-    target, inner, kind = folder, section['config'], name.split('_', 1)
-    if section['run'] == 'train':
-      outcome = _write_training(folder, inner, teacher if name == 'teacher' else student, number)
-    elif section['run'] == 'evaluate':
-      inner['data']['count'] = count
-      problems = _problems(inner['data']['split'], count, inner['data']['seed'])
-      if name == 'strategies':
-        cost = {'majority': dict(sampled=8), 'best_of_n': dict(sampled=8, scored=8)}
-        rows = {row: graded(problems, rate, seed=seed + 40 + i, **cost.get(row, {})) for i, (row, rate) in enumerate(STRATEGY_RATES.items())}
-      else:
-        rate = RATES[kind[1]] * (0.4 if kind[0] == 'hard' else 1.0)
-        rows = {'greedy': graded(problems, rate, seed=seed + number)}
-      outcome = _write_evaluation(folder, inner, rows, teacher if kind[-1] == 'teacher' else student, teacher)
-    elif section['run'] == 'annotate':
-      outcome = {'problems': 2000, 'samples': 4000, 'correct': 3412, 'solved': 1801, 'sampled_tokens': 120000, 'flops': 2.2e11}
-    elif section['run'] == 'select':
-      scores = {arm: RATES[arm] for arm in STEPS if arm in (*DISTILLED, 'sft_small', 'sft_gold')}
-      outcome = {'chosen': 'on_policy', 'scores': scores}
-      target = done['on_policy'].target
-    else:
-      outcome = {'vocab_size': 512, 'texts': 20000, 'tokens_per_text': 41.0}
+    outcome = _write(name, number, section, folder, count, seed)
+    target = done['on_policy'].target if section['run'] == 'select' else folder
     done[name] = stages.Stage(name, section['run'], folder, target, 10.0 + number, outcome)
   record.write(workdir, settings, done)
   return done

@@ -1,0 +1,102 @@
+"""Pieces of a block against hand values, reference formulas and automatic differentiation."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from srm_jax.models import layers
+from srm_jax.models.config import TransformerConfig
+
+CONFIG = TransformerConfig(
+    vocab_size=7, num_layers=1, embed_dim=6, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=10, norm_eps=1e-3
+)
+
+
+def _normal(seed, *shape):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+def _init(module, x):
+  return nn.meta.unbox(module.init(jax.random.key(0), x))['params']
+
+
+@pytest.mark.parametrize('shape', [(5, 3), (2, 5, 3)])
+def test_matmul_gradients_are_those_of_the_plain_product(shape):
+  x, kernel, weights = _normal(0, *shape), _normal(1, 3, 4), _normal(2, *shape[:-1], 4)
+
+  def loss(product):
+    return lambda x, kernel: jnp.sum(jnp.sin(product(x, kernel)) * weights)
+
+  ours = jax.value_and_grad(loss(layers.matmul), argnums=(0, 1))(x, kernel)
+  plain = jax.value_and_grad(loss(jnp.matmul), argnums=(0, 1))(x, kernel)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, plain)
+
+
+def test_matmul_gradients_keep_the_types():
+  x, kernel = jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4), jnp.bfloat16)
+  dx, dkernel = jax.grad(lambda *args: jnp.sum(layers.matmul(*args)).astype(jnp.float32), argnums=(0, 1))(x, kernel)
+  assert dx.dtype == dkernel.dtype == jnp.bfloat16
+
+
+def test_projection_splits_and_merges_axes():
+  x = _normal(0, 2, 3, 6)
+  split = layers.Projection(CONFIG, (6, 2, 4), ('embed', 'heads', 'head_dim'), bias=True)
+  params = _init(split, x)
+  params['bias'] = _normal(1, 2, 4)
+  y = split.apply({'params': params}, x)
+  np.testing.assert_allclose(y, np.einsum('btd,dhk->bthk', x, params['kernel']) + np.asarray(params['bias']), atol=1e-5)
+  merge = layers.Projection(CONFIG, (2, 4, 6), ('heads', 'head_dim', 'embed'), contract=2)
+  params = _init(merge, y)
+  np.testing.assert_allclose(merge.apply({'params': params}, y), np.einsum('bthk,hkd->btd', y, params['kernel']), atol=1e-5)
+
+
+def test_projection_starts_with_unit_variance():
+  x = _normal(0, 400, 64)
+  projection = layers.Projection(CONFIG, (64, 32), ('embed', 'mlp'))
+  y = projection.apply({'params': _init(projection, x)}, x)
+  assert float(jnp.std(y)) == pytest.approx(1.0, abs=0.1)
+
+
+def test_rms_norm_by_hand():
+  x = jnp.array([[3.0, 4.0]])
+  norm = layers.RMSNorm(CONFIG)
+  y = norm.apply({'params': {'scale': jnp.array([2.0, -1.0])}}, x)
+  rms = np.sqrt(12.5 + 1e-3)
+  np.testing.assert_allclose(y, [[6 / rms, -4 / rms]], rtol=1e-6)
+  np.testing.assert_allclose(_init(norm, x)['scale'], [1.0, 1.0])
+
+
+def test_rotary_turns_coordinate_i_with_i_plus_half():
+  angles = layers.rotary_angles(jnp.array([[0, 3]]), 4, 100.0)
+  x = jnp.array([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4) * jnp.ones((1, 2, 1, 1))
+  y = layers.rotate(x, angles)[0, :, 0]
+  slow = 3 * 100**-0.5
+  expected = [
+      np.cos(3) - 3 * np.sin(3), 2 * np.cos(slow) - 4 * np.sin(slow), 3 * np.cos(3) + np.sin(3),
+      4 * np.cos(slow) + 2 * np.sin(slow),
+  ]
+  np.testing.assert_allclose(y[0], [1, 2, 3, 4])
+  np.testing.assert_allclose(y[1], expected, rtol=1e-5)
+
+
+def test_rotary_products_depend_on_distance_alone():
+  q, k = _normal(0, 1, 1, 1, 8), _normal(1, 1, 1, 1, 8)
+
+  def score(at, of):
+    turned = [layers.rotate(x, layers.rotary_angles(jnp.array([[p]]), 8, 50.0)) for x, p in ((q, at), (k, of))]
+    return float(jnp.sum(turned[0] * turned[1]))
+
+  assert score(9, 4) == pytest.approx(score(105, 100), abs=1e-4)
+  assert score(9, 4) != pytest.approx(score(9, 5), abs=1e-2)
+
+
+def test_gated_mlp():
+  x = _normal(0, 2, 3, 6)
+  mlp = layers.GatedMLP(CONFIG)
+  params = _init(mlp, x)
+  gate, up, down = (np.asarray(params[name]['kernel']) for name in ('gate', 'up', 'down'))
+  gated = np.asarray(x) @ gate
+  expected = (gated / (1 + np.exp(-gated)) * (np.asarray(x) @ up)) @ down
+  np.testing.assert_allclose(mlp.apply({'params': params}, x), expected, atol=1e-5)
