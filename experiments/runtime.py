@@ -5,6 +5,7 @@ XLA reads its flags once, at the first computation, and aborts the process on a 
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import re
@@ -31,6 +32,8 @@ def prepare(cache_dir: str | os.PathLike | None = None):
     cache_dir: where verdicts and compiled programs are kept; None takes $XDG_CACHE_HOME/srm_jax or ~/.cache/srm_jax.
       A folder that cannot be written costs time in later runs, nothing else.
   """
+  if 'JAX_PLATFORMS' not in os.environ and _tpu_compiler_only():
+    os.environ['JAX_PLATFORMS'] = 'cpu'
   cache = pathlib.Path(cache_dir or pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'srm_jax')).expanduser()
   if not _set_already('xla_cpu_experimental_onednn_custom_call') and _worth_trying() and _accepted(ONEDNN, cache):
     _add_flag(ONEDNN)
@@ -41,6 +44,12 @@ def set_virtual_devices(count: int):
   """Makes the CPU look like `count` devices, in place of an earlier count; other flags stay."""
   flags = re.sub(r'--xla_force_host_platform_device_count=\S*', '', os.environ.get('XLA_FLAGS', ''))
   os.environ['XLA_FLAGS'] = ' '.join([*flags.split(), f'--xla_force_host_platform_device_count={count}'])
+
+
+def _tpu_compiler_only() -> bool:
+  """libtpu is there for `experiments.plan`, but neither a TPU nor a GPU is: JAX would look for the chip, and complain."""
+  devices = ('/dev/accel0', '/dev/vfio', '/dev/nvidia0', '/dev/kfd')
+  return importlib.util.find_spec('libtpu') is not None and not any(map(os.path.exists, devices))
 
 
 def _set_already(name: str) -> bool:

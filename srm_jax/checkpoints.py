@@ -121,7 +121,7 @@ class Checkpoints(NamedTuple):
       names: {'model': tree of logical names}; what is not named is whole on every device.
     """
     mesh = jax.sharding.get_mesh()
-    mesh = sharding.make_mesh((1, 1, 1), jax.local_devices()[:1]) if mesh.empty else mesh
+    mesh = sharding.make_mesh((1, 1, 1), devices=jax.local_devices()[:1]) if mesh.empty else mesh
     found = dict(self.manager.item_metadata(step)['params'])
     saved = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), found)
     names = {key: names.get(key, jax.tree.map(lambda _: jax.sharding.PartitionSpec(), tree)) for key, tree in saved.items()}

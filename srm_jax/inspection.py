@@ -118,17 +118,20 @@ def score(config: TransformerConfig, params: Params, batch: Batch) -> Scores:
 
 
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-  """What every token adds to the text; tokens that decode to nothing are named."""
+  """What every token adds to the text, or its name where that is nothing; see `_readable`."""
   texts = []
   for place, token in enumerate(map(int, ids)):
     before = tokenizer.decode([int(i) for i in ids[max(0, place - 1) : place]])
     both = tokenizer.decode([int(i) for i in ids[max(0, place - 1) : place + 1]])
     text = both[len(before) :] if both.startswith(before) else tokenizer.decode([token])
-    texts.append(text or _name(tokenizer, token))
+    texts.append(_readable(tokenizer, token, text))
   return texts
 
 
-def _name(tokenizer: Tokenizer, token: int) -> str:
+def _readable(tokenizer: Tokenizer, token: int, text: str) -> str:
+  """The text of a token, or a name for one that has none by itself: end of text, padding, part of a character."""
+  if text and '\ufffd' not in text:
+    return text
   if token == tokenizer.eos_id:
     return '⟨end⟩'
   return '⟨pad⟩' if token == tokenizer.pad_id else f'⟨{token}⟩'
@@ -155,7 +158,7 @@ def _row_tokens(seen: Inspection, batch: Batch, row: int) -> list[dict[str, Any]
 
 def _top(tokenizer: Tokenizer, scores: Scores, row: int, place: int) -> list[tuple[str, float]]:
   pairs = zip(scores.top_ids[row, place], scores.top_probs[row, place])
-  return [(tokenizer.decode([int(token)]) or _name(tokenizer, int(token)), round(float(prob), 5)) for token, prob in pairs]
+  return [(_readable(tokenizer, int(token), tokenizer.decode([int(token)])), round(float(prob), 5)) for token, prob in pairs]
 
 
 def render(seen: Inspection, title: str) -> str:

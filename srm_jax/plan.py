@@ -47,7 +47,10 @@ CHIPS = {
 
 
 class Memory(NamedTuple):
-  """Bytes of HBM on one chip; outputs counts what does not reuse a donated argument. fits is the compiler's verdict."""
+  """Bytes of HBM on one chip; outputs counts what does not reuse a donated argument.
+
+  fits: the compiler found room for the program, and the total with arguments and code is within the chip's usable HBM.
+  """
 
   arguments: float
   temporaries: float
@@ -70,7 +73,7 @@ class Roofline(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """What one compilation said. collectives and roofline are None where the program does not fit."""
+  """What one compilation said. collectives and roofline are None where the compiler gave up."""
 
   chip: Chip
   chips: int
@@ -127,6 +130,7 @@ def plan(config: ml_collections.ConfigDict, devices) -> Plan:
     stays = jax.tree.map(lambda x: x.sharding, arguments[0])
     traced = jax.jit(step, donate_argnums=0, out_shardings=(stays, None)).trace(*arguments)
     memory, text = _compile(traced)
+  memory = memory._replace(fits=memory.fits and memory.total <= chip.hbm)
   rows, length = getattr(recipe.batch, 'batch', recipe.batch).inputs.shape
   useful = train_flops(model, rows * length, length / 2)
   executed = hlo.jaxpr_flops(traced.jaxpr)

@@ -91,6 +91,10 @@ def test_pieces_that_join_keep_their_spaces():
   assert inspection.token_texts(tokenizer, [1, 2, 3, 1]) == ['a', ' b', 'c', ' a']
 
 
+def test_bytes_of_one_character_are_named():
+  assert inspection.token_texts(BYTES, [*BYTES.encode('aé'), BYTES.pad_id]) == ['a', '⟨195⟩', '⟨169⟩', '⟨pad⟩']
+
+
 @pytest.fixture(scope='module')
 def teacher(tmp_path_factory):
   """The workdir of an untrained teacher of two layers."""

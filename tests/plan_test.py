@@ -46,6 +46,11 @@ def test_a_plan_counts_state_and_batch_over_the_chips(cpu_chip):
   assert 'all-gather' in text and '1.00 GiB (fits)' in text and '4 chips, 128 tokens' in text
 
 
+def test_a_program_that_compiles_but_leaves_no_room_for_its_arguments_does_not_fit(cpu_chip, monkeypatch):
+  monkeypatch.setattr(plan, '_compile', lambda traced: (plan.Memory(GIB, 2.0, 0.0, GIB + 2.0, True), None))
+  assert not plan.plan(tiny.sft(mesh=(1, 1, 1), model=dict(vocab_size=64)), jax.devices()[:1]).memory.fits
+
+
 def test_rollouts_and_frozen_models_have_the_shapes_that_recipes_make():
   recipe = tiny.grpo().recipe.to_dict()
   model = TransformerConfig(**base.model(**{**tiny.MODEL, 'vocab_size': 64}))

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from configs import base
-from srm_jax import sharding
+from srm_jax import checkpoints, sharding
+from srm_jax.models import transformer
 from srm_jax.tasks import TASKS, graders, task
-from srm_jax.types import Batch, Problem, Rollouts
+from srm_jax.types import Batch, Problem, Rollouts, TrainState
 
 MODEL = dict(embed_dim=16, num_layers=1, num_heads=2, mlp_dim=32, max_length=64)
 
@@ -65,6 +66,17 @@ def one_device():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sharding, 'make_mesh', functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
     yield
+
+
+def write_model(workdir, config, *, seed=0, scale=1.0):
+  """A workdir as a finished training run of the byte tokenizer leaves it, with random parameters."""
+  params = jax.jit(transformer.init_params, static_argnums=0)(config, jax.random.key(seed))
+  params = {**params, 'embedding': params['embedding'] * scale}  # the head is tied: above 1, samples are less even
+  checkpoints.describe_model(workdir, config, 'byte')
+  opened = checkpoints.open_checkpoints(workdir)
+  opened.save(TrainState(jax.numpy.asarray(7, jax.numpy.int32), {'model': params}, {}, None), {})
+  opened.close()
+  return str(workdir)
 
 
 def data(name='sums', **options):

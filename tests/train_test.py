@@ -18,6 +18,7 @@ from srm_jax.models import transformer
 from srm_jax.models.config import TransformerConfig, forward_flops, train_flops
 from srm_jax.schema import ConfigError
 from srm_jax.train import NonFiniteError, step_flops, train
+from srm_jax.train import _compiled_step as compiled_step
 from srm_jax.types import Recipe, SamplingParams
 from tests import tiny
 from tests.tiny import one_device, tiny_tasks  # noqa: F401
@@ -44,6 +45,10 @@ def without_clock(rows):
 def saved_meta(workdir, step):
   """Fingerprints of parameters, optimizer and average at a step, with the source's cursor."""
   return (workdir / 'checkpoints' / str(step) / 'meta' / 'metadata').read_text()
+
+
+def listed(workdir):
+  return [path.name for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit()]
 
 
 @pytest.mark.parametrize('name, config, after', [('sft', SFT, 1), ('sft', SFT, 2), ('grpo', GRPO, 2)])
@@ -76,28 +81,31 @@ def test_a_finished_run_is_read_back(finished):
 
 def test_parameters_moved_and_the_loss_fell(finished):
   """What the tests above compare is not the initialisation."""
-  for name in finished:
-    fresh = transformer.init_params(TransformerConfig(258, 1, 16, 2, 2, 8, 32, 64), jax.random.split(jax.random.key(1))[0])
-    moved = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), finished[name].params['model'], fresh)
-    assert min(jax.tree.leaves(moved)) > 1e-4, name
+  for run in finished.values():
+    assert all(row['grad_norm'] > 1e-3 and row['finite'] == 1 for row in run.metrics)
+    assert len({saved_meta(run.workdir, step) for step in sorted(map(int, listed(run.workdir)))}) == 2
   assert finished['sft'].metrics[-1]['loss'] < finished['sft'].metrics[0]['loss']
 
 
 def test_metrics_of_a_reinforcement_run(finished):
   rows = finished['grpo'].metrics
   assert all(row['sampler_gap_max'] < 1e-4 for row in rows)
-  assert 0 < np.mean([row['reward'] for row in rows]) < 1 and all(row['finite'] == 1 for row in rows)
+  assert 0 < np.mean([row['reward'] for row in rows]) < 1
   assert rows[0]['flops'] < rows[1]['flops']
 
 
 def test_eight_devices_train_like_one(finished, tmp_path, monkeypatch):
   monkeypatch.setattr(sharding, 'make_mesh', functools.partial(sharding.make_mesh.func, devices=jax.devices()))
   config = SFT(mesh=(2, 2, 2), optimizer=base.optimizer('adamw', learning_rate=3e-3, warmup_steps=1, schedule='constant'))
-  with monkeypatch.context() as patch:
-    compiled = []
-    patch.setattr('srm_jax.train._compiled_step', lambda *args, f=__import__('srm_jax.train', fromlist=['x'])._compiled_step: compiled.append(f(*args)) or compiled[0])
-    run = train(config, tmp_path)
-  assert compiled[0]._cache_size() == 1  # the state comes back where it was: nothing compiles twice
+  steps = []
+
+  def remember(*args):
+    steps.append(compiled_step(*args))
+    return steps[0]
+
+  monkeypatch.setattr('srm_jax.train._compiled_step', remember)
+  run = train(config, tmp_path)
+  assert steps[0]._cache_size() == 1  # the state comes back where it was: nothing compiles twice
   assert run.params['model']['embedding'].sharding.spec == jax.sharding.PartitionSpec('tensor', 'fsdp')
   first, expected = run.metrics[0], finished['sft'].metrics[0]
   assert first['loss'] == pytest.approx(expected['loss'], rel=1e-5) and first['grad_norm'] == pytest.approx(expected['grad_norm'], rel=1e-4)
@@ -303,14 +311,6 @@ def overfit(recipe, **options):
   return tiny.train(recipe, **settings)
 
 
-def initial_and_final(config, workdir):
-  """Losses at the first and at the last step."""
-  first = train(changed(config, num_steps=1, log_every=1), workdir / 'first').metrics[0]['loss']
-  run = train(changed(config, log_every=1), workdir / 'run')
-  assert run.metrics[0]['loss'] == first
-  return first, run.metrics[-1]['loss']
-
-
 @pytest.fixture(scope='module')
 def teacher(tmp_path_factory):
   """A model that knows one batch by heart, so that its distributions are far from flat."""
@@ -320,11 +320,6 @@ def teacher(tmp_path_factory):
 
 def test_overfit_sft(teacher):
   assert metrics.read(teacher.workdir)[-1]['loss'] < 0.01
-
-
-def losses(config, workdir):
-  run = train(changed(config, log_every=1), workdir)
-  return run.metrics[0]['loss'], run.metrics[-1]['loss']
 
 
 @pytest.mark.parametrize('kind', ['logits', 'hidden', 'on_policy'])
@@ -337,5 +332,5 @@ def test_overfit_distillation(kind, teacher, tmp_path):
           base.on_policy_distill(folder, tiny.data(), tiny.rollouts(), base.distillation('reverse_kl')), seed=2
       ),
   }[kind]()
-  first, last = losses(config, tmp_path)
-  assert last < 0.01 * first
+  rows = train(changed(config, log_every=1), tmp_path).metrics
+  assert rows[-1]['loss'] < 0.01 * rows[0]['loss']

@@ -78,7 +78,7 @@ def test_causality_by_gradient(params):
   assert bool((influence > 0)[np.tril_indices(T)].all())
 
 
-@pytest.mark.parametrize('splits', [(T,), (3, 1, 3, 3), (1, 3, 3, 1, 1, 1)]  # few distinct shapes to compile)
+@pytest.mark.parametrize('splits', [(T,), (3, 1, 3, 3), (1, 3, 3, 1, 1, 1)])
 def test_cache_equals_full_forward(params, splits):
   tokens, cache, parts, start = _tokens(), kv.init_cache(CONFIG, 2, 16), [], 0
   for size in splits:
@@ -170,7 +170,7 @@ def test_taps(params):
   np.testing.assert_allclose(output.taps['attention'].sum(-1), 1, atol=1e-5)
   assert float(jnp.triu(output.taps['attention'], 1).max()) == 0
   # The last block's output, normalised, is what the head reads.
-  last = output.taps['hidden'][-1]
+  last = np.asarray(output.taps['hidden'][-1])
   normed = last / np.sqrt(np.mean(np.square(last), -1, keepdims=True) + CONFIG.norm_eps) * np.asarray(params['final_norm']['scale'])
   np.testing.assert_allclose(output.hidden, normed, atol=1e-5)
   cached = _apply(params, tokens, taps=('hidden', 'q'), cache=kv.init_cache(CONFIG, 2, T))

@@ -1,0 +1,149 @@
+"""Every config opens; the whole line runs; a killed process continues to the same bits."""
+
+import importlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from configs import quickstart, quickstart_sizes
+from srm_jax import checkpoints, metrics, schema, stages
+from srm_jax.train import resolve
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIGS = sorted(
+    str(path.relative_to(ROOT).with_suffix('')).replace('/', '.')
+    for path in (ROOT / 'configs').rglob('*.py') if 'def get_config(' in path.read_text()
+)
+
+
+def open_config(config):
+  """Parses a config as what its keys say that it is."""
+  kinds = {'stages': None, 'recipe': 'train', 'strategies': 'evaluate', 'sampling': 'annotate'}
+  kind = next(key for key in kinds if key in config)
+  return stages.check(config) if kind == 'stages' else stages.CHECKS[kinds[kind]](resolve(config), 'config')
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('smoke', [False, True])
+def test_every_config_opens(name, smoke):
+  module = importlib.import_module(name)
+  argument = ('size=smoke' if name == 'configs.quickstart' else 'smoke') if smoke else ''
+  open_config(module.get_config(argument))
+  assert 'Run:' in module.__doc__
+
+
+def test_there_are_configs_of_every_stage():
+  assert {'configs.quickstart', 'configs.sft.arithmetic', 'configs.rl.grpo', 'configs.evaluate.arithmetic'} <= set(CONFIGS)
+
+
+@pytest.mark.parametrize('arg', ['', 'task=gsm8k', 'size=smoke,task=gsm8k', 'seed=7,steps=0.5'])
+def test_the_quickstart_opens_in_all_its_forms(arg):
+  open_config(quickstart.get_config(arg))
+
+
+def test_a_misspelt_argument_is_refused():
+  with pytest.raises(ValueError, match="'sise' unknown; choose from"):
+    quickstart.get_config('sise=smoke')
+
+
+def test_a_mistake_deep_in_the_quickstart_is_found():
+  config = quickstart.get_config('size=smoke')
+  with config.unlocked():
+    config.stages.rl.config.recipe.rollouts.lenght = 3
+  with pytest.raises(schema.ConfigError, match=r"stages\.rl\.config\.recipe\.rollouts\.lenght.*did you mean 'length'"):
+    stages.check(config)
+
+
+# Minutes: only with --all.
+
+TINY = dict(
+    vocab=320, length=160, row=192, context=224, new_tokens=24, rows=2, decode_rows=8, annotations=2, opd_prompts=4, rl_prompts=2, group=2,
+    votes=2, teacher=dict(embed_dim=16, num_layers=2, num_heads=2, mlp_dim=32), student=dict(embed_dim=16, num_layers=1, num_heads=2, mlp_dim=32),
+    teacher_problems=60, gold=12, prompts=4, rl_problems=8, dev=4, test=4, hard=4, steps=dict(teacher=2, base=2, arm=2, rl=2),
+)
+
+
+@pytest.mark.slow
+def test_the_whole_line_runs_and_runs_only_once(tmp_path, monkeypatch):
+  """Annotations of a teacher this small are never right, so every problem counts as solved here."""
+  monkeypatch.setitem(quickstart_sizes.SIZES, 'arithmetic_mix/smoke', TINY)
+  monkeypatch.setattr(stages, 'RUNNERS', {**stages.RUNNERS, 'annotate': lambda *args: _all_right(*stages._annotate(*args))})
+  config = quickstart.get_config('size=smoke')
+  for stage in config.stages.values():
+    if 'progress' in stage.config:
+      stage.config.progress = False
+  done = stages.run_stages(config, tmp_path)
+  assert list(done) == list(config.order)
+  assert done['best'].outcome['chosen'] in done['best'].outcome['scores']
+  strategies = json.loads((done['strategies'].target / 'results.json').read_text())
+  assert strategies.keys() == {'direct', 'greedy', 'sample', 'majority', 'best_of_n'}
+  assert strategies['best_of_n']['spent']['scored'] > 0
+  times = {name: (stage.workdir / stages.DONE).stat().st_mtime_ns for name, stage in done.items()}
+  again = stages.run_stages(config, tmp_path)
+  assert times == {name: (stage.workdir / stages.DONE).stat().st_mtime_ns for name, stage in again.items()}
+
+
+def _all_right(workdir, summary):
+  path = workdir / 'annotations.jsonl'
+  lines = [json.loads(line) | {'correct': True} for line in path.read_text().splitlines()]
+  path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  return workdir, summary
+
+
+SFT = [
+    '-m', 'experiments.train', '--config=configs/sft/arithmetic.py:smoke', '--config.num_steps=12', '--config.checkpoint_every=3',
+    '--config.log_every=1', '--config.progress=False', '--config.model.embed_dim=16', '--config.model.head_dim=4',
+    '--config.model.mlp_dim=32', '--config.model.num_layers=1', '--workdir={workdir}',
+]
+GRPO = ['-c', """
+from tests import tiny
+from srm_jax.train import train
+tiny.register()
+train(tiny.grpo(num_steps=8, checkpoint_every=2), {workdir!r})
+"""]
+
+
+def start(command, workdir):
+  environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=1', 'PYTHONPATH': str(ROOT)}
+  arguments = [part.replace('{workdir!r}', repr(str(workdir))).replace('{workdir}', str(workdir)) for part in command]
+  return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+  _, errors = process.communicate(timeout=600)
+  assert process.returncode == 0, errors
+  return errors
+
+
+def kill_at(process, workdir, step):
+  """SIGKILL as soon as a row of `step` is on disk."""
+  until = time.monotonic() + 600
+  while not any(row['step'] >= step for row in metrics.read(workdir)):
+    assert process.poll() is None and time.monotonic() < until, process.stderr.read()
+    time.sleep(0.005)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('command, step, last', [(SFT, 7, 12), (GRPO, 5, 8)], ids=['sft', 'grpo'])
+def test_kill_minus_nine_and_the_same_command_again_give_the_same_bits(tmp_path, command, step, last):
+  whole, torn = tmp_path / 'whole', tmp_path / 'torn'
+  finish(start(command, whole))
+  kill_at(start(command, torn), torn, step)
+  assert metrics.read(torn)[-1]['step'] < last
+  finish(start(command, torn))
+  expected, actual = checkpoints.load_model(whole), checkpoints.load_model(torn)
+  assert actual.step == expected.step == last and actual.fingerprint == expected.fingerprint
+  jax.tree.map(np.testing.assert_array_equal, actual.params, expected.params)
+  losses = [[row['loss'] for row in metrics.read(folder)] for folder in (whole, torn)]
+  assert losses[0] == losses[1] and len(losses[0]) == last
