@@ -179,13 +179,14 @@ def untested(paths) -> list[str]:
 
 
 def orphans(paths) -> list[str]:
-  """Tests below tests/<package of srm_jax>/ whose module is gone."""
+  """Tests below tests/<package of srm_jax>/ whose module or package is gone."""
   packages = {path.split('/')[1] for path in paths if re.match(r'srm_jax/\w+/', path)}
   elsewhere = {test for test, _ in TESTED_ELSEWHERE.values()}
   mirrored = [path for path in paths if re.match(rf'tests/({"|".join(sorted(packages))})/.*_test\.py$', path)]
+  modules = ((path, path.replace('tests/', 'srm_jax/', 1).replace('_test.py', '.py')) for path in mirrored)
   return [
-    f'{path} tests no module' for path in mirrored
-    if path.replace('tests/', 'srm_jax/', 1).replace('_test.py', '.py') not in paths and path not in elsewhere]
+    f'{path} tests no module' for path, module in modules
+    if path not in elsewhere and not {module, module.replace('.py', '/__init__.py')} & set(paths)]
 
 
 def foreign_places(texts: dict[str, str]) -> list[str]:
