@@ -5,14 +5,15 @@ Used by configs/quickstart.py; python -m experiments.quickstart prints what it r
 
 _MUON = dict(name='muon', learning_rate=3e-3, matrix_learning_rate=0.02)
 _ARM = dict(name='muon', learning_rate=2e-3, matrix_learning_rate=0.015)
-_RL = dict(name='adamw', learning_rate=3e-4, schedule='constant', warmup_steps=5, weight_decay=0.0)
+_GENTLE = dict(name='muon', learning_rate=1e-3, matrix_learning_rate=0.005)
+_RL = dict(name='adamw', learning_rate=1e-4, schedule='constant', warmup_steps=5, weight_decay=0.0)
 
 _ARITHMETIC = dict(
     vocab=512, length=160, row=176, context=256, new_tokens=120, rows=12, decode_rows=256,
     teacher=dict(embed_dim=128, num_layers=4, num_heads=4, mlp_dim=384),
     student=dict(embed_dim=64, num_layers=3, num_heads=4, mlp_dim=192),
-    divergence='forward_kl', on_policy_divergence='reverse_kl', hidden_weight=1.0,
-    optimizer=dict(teacher=_MUON, base=_MUON, arm=_ARM, on_policy=_ARM, rl=_RL),
+    divergence='forward_kl', on_policy_divergence='forward_kl', hidden_weight=1.0,
+    optimizer=dict(teacher=_MUON, base=_MUON, arm=_ARM, on_policy=_GENTLE, rl=_RL),
     annotations=2, opd_prompts=48, rl_prompts=32, group=8, votes=8,
 )
 _GSM8K = _ARITHMETIC | dict(

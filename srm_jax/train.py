@@ -239,7 +239,8 @@ def _loop(setup: _Setup, workdir, saved) -> TrainState:
   key, collected, clock, pending = jax.random.key(config.seed), [], time.perf_counter(), None
   with _Interrupts() as interrupts, bar:
     for step in range(start, config.num_steps):
-      host_batch = recipe.source.next(state.params, 0 if config.overfit_one_batch else step)
+      if pending is None or not config.overfit_one_batch:
+        host_batch = recipe.source.next(state.params, 0 if config.overfit_one_batch else step)
       flops += step_flops(setup.context.model, recipe, host_batch)
       batch = sharding.shard_rows(host_batch, setup.mesh)
       _check_finite(setup, workdir, saved, state, pending, flops)  # before another step moves the last good state

@@ -78,8 +78,11 @@ def _table(columns: Sequence[table.Column], rows) -> str:
 
 def _cell(column: table.Column, row) -> str:
   text, style = escape(column.cell(row)), ''
-  if column.title == table.GAIN and row.compared is not None and row.compared.test.p < sentences.SURE:
-    style = f' class="sure {"up" if row.compared.test.difference > 0 else "down"}"'
+  if column.title == table.GAIN and row.compared is not None:
+    test = row.compared.test
+    style = f' title="95 % interval over problems: {table.points(test.low)} to {table.points(test.high)} points"'
+    if test.p < sentences.SURE:
+      style += f' class="sure {"up" if test.difference > 0 else "down"}"'
   if column is table.STEP_COLUMNS[0]:
     text = f'<i style="background:{plots.COLORS[row.name]}"></i>{text}'
   return f'<td{style}>{text}</td>'
@@ -149,15 +152,24 @@ def _settings(report: Report) -> str:
       'task': settings.task, 'size': settings.size, 'seed': settings.seed, 'factor on steps': f'{settings.steps:g}',
       'compute dtype': settings.dtype, 'RL starts from': STEPS[report.findings.best].title, **settings.machine,
   }
-  seconds = {name: f'{stage.seconds:.0f} s' for name, stage in report.stages.items() if stage.seconds >= 0.5}
-  total = sum(stage.seconds for stage in report.stages.values())
-  seconds['all stages'] = f'{total:.0f} s, {total / 60:.1f} minutes'
+  seconds = _seconds(report)
   smoke = ' --smoke' if settings.size == 'smoke' else ''
   again = f'bash experiments/quickstart.sh --task={settings.task}{smoke} --seed={settings.seed} --workdir=runs/again'
   return _section('Settings', (
       f'<p class="note">The same seed again: <code>{escape(again)}</code>. Sizes and step counts stand in '
       f'<code>configs/quickstart_sizes.py</code>.</p><div class="settings">{_pairs(run)}{_pairs(seconds)}</div>'
   ))
+
+
+def _seconds(report: Report) -> dict[str, str]:
+  """What every stage took, beside what was expected of it before the run."""
+  stages, expected = report.stages, report.settings.estimates
+  took = {
+      name: f'{stage.seconds:.0f} s' + (f' (estimate {expected[name]:.0f} s)' if name in expected else '')
+      for name, stage in stages.items() if stage.seconds >= 0.5
+  }
+  total = sum(stage.seconds for stage in stages.values())
+  return took | {'all stages': f'{total / 60:.1f} minutes (estimate {sum(expected.values()) / 60:.1f})'}
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

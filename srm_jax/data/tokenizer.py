@@ -196,7 +196,7 @@ def train_sentencepiece(
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True,
-        max_sentence_length=max(len(line.encode()) for line in lines) + 1,  # longer lines would be dropped
+        max_sentence_length=max(9, *(len(line.encode()) for line in lines)) + 1,  # longer lines would be dropped
         pad_id=0,
         eos_id=1,
         unk_id=2,

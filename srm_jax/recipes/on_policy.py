@@ -39,6 +39,12 @@ def check_lengths(config: RolloutConfig, task: Task, problems: Sequence[Problem]
     )
 
 
+def row_length(groups, limit: int) -> int:
+  """Half, three quarters or all of `limit`, whichever is the least that holds every row: little padding, few programs."""
+  longest = max(len(one.completion.prompt_tokens) + len(one.completion.tokens) for group in groups for one in group)
+  return next(length for length in (limit // 2, 3 * limit // 4, limit) if longest <= length or length == limit)
+
+
 def source(config: RolloutConfig, data: DataConfig, context: Context, *, advantage: Callable | None) -> Source:
   """Rollouts as a pure function of (params, seed, step), so that the cursor is nothing but the step."""
   task, problems = find_task(data.task), load_problems(data)
@@ -56,7 +62,7 @@ def source(config: RolloutConfig, data: DataConfig, context: Context, *, advanta
     chosen = subsample(problems, config.prompts, seed=context.seed, step=step)
     drawn = dataclasses.replace(sampling, seed=context.seed * 1_000_003 + step)
     groups = rollout(generate, task, chosen, drawn)
-    return to_rollouts(groups, length=config.length, pad_id=context.tokenizer.pad_id, advantage=advantage)
+    return to_rollouts(groups, length=row_length(groups, config.length), pad_id=context.tokenizer.pad_id, advantage=advantage)
 
   def set_state(state):
     if state != identity:
