@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 ONEDNN = '--xla_cpu_experimental_onednn_custom_call=true'
+PATIENCE = '--xla_cpu_collective_call_terminate_timeout_seconds=600'  # known since before JAX 0.10
 
 # Run in a process of its own, since the answer to an unknown flag is SIGABRT: is the product that the flag replaces right?
 _TRIAL = """
@@ -41,9 +42,15 @@ def prepare(cache_dir: str | os.PathLike | None = None):
 
 
 def set_virtual_devices(count: int):
-  """Makes the CPU look like `count` devices, in place of an earlier count; other flags stay."""
+  """Makes the CPU look like `count` devices, in place of an earlier count; other flags stay.
+
+  The devices share the cores: on a busy machine one may reach a collective long after another, and XLA by default aborts
+  the process when 40 seconds lie between them.
+  """
   flags = re.sub(r'--xla_force_host_platform_device_count=\S*', '', os.environ.get('XLA_FLAGS', ''))
   os.environ['XLA_FLAGS'] = ' '.join([*flags.split(), f'--xla_force_host_platform_device_count={count}'])
+  if not _set_already(PATIENCE.split('=')[0].removeprefix('--')):
+    _add_flag(PATIENCE)
 
 
 def _tpu_compiler_only() -> bool:

@@ -30,5 +30,9 @@ paths=(tests)
 for argument in ${arguments[@]+"${arguments[@]}"}; do
   [ ! -e "${argument%%::*}" ] || paths=()
 done
-exec "$venv_python" -m pytest -q --durations=15 ${selection[@]+"${selection[@]}"} \
+# Most of the time is spent in the compiler, which uses one core. Of the whole suite two processes take a file each; what the
+# caller picks runs in one, where pytest's debugger works.
+workers=()
+[ ${#arguments[@]} -gt 0 ] || workers=(-n 2 --dist loadfile)
+exec "$venv_python" -m pytest -q --durations=15 ${workers[@]+"${workers[@]}"} ${selection[@]+"${selection[@]}"} \
   ${arguments[@]+"${arguments[@]}"} ${paths[@]+"${paths[@]}"}

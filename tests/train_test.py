@@ -315,7 +315,7 @@ def test_overfit_distillation(kind, teacher, tmp_path):
       'logits': lambda: overfit(base.distill(folder, *rows, base.distillation()), seed=2),
       'hidden': lambda: overfit(base.distill(folder, *rows, base.distillation(weight=0.0, hidden=1.0)), seed=2),
       'on_policy': lambda: overfit(
-          base.on_policy_distill(folder, tiny.data(), tiny.rollouts(), base.distillation('reverse_kl')), seed=2
+          base.on_policy_distill(folder, tiny.data(), tiny.rollouts(), base.distillation()), seed=2
       ),
   }[kind]()
   rows = train(config, tmp_path).metrics

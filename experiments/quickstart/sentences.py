@@ -66,10 +66,11 @@ def shortened(settings: Settings) -> str:
   """What was cut to fit the budget; '' where nothing was."""
   if settings.steps == 1.0:
     return ''
+  left = sum(settings.estimates.values()) / 60
+  aim = f'to fit {settings.minutes:g}' if left <= settings.minutes + 0.1 else f'which still leaves about {left:.0f}'
   return (
-      f'This machine would have taken about {settings.calibration["whole"] / 60:.0f} minutes: every training was '
-      f'shortened to {settings.steps:.0%} of its steps to fit {settings.minutes:g}. Expect lower accuracies than '
-      'those of the reference.'
+      f'This machine would take about {settings.calibration["whole"] / 60:.0f} minutes: every training is shortened to '
+      f'{settings.steps:.0%} of its steps, {aim}. Expect lower accuracies than those of the reference.'
   )
 
 

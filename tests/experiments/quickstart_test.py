@@ -275,6 +275,12 @@ def test_estimate_fits_the_budget_as_tightly_as_it_can():
   assert sum(estimate.seconds(_make(factor + 0.03), SPEED).values()) > 0.8 * whole
 
 
+def test_what_was_shortened_is_said():
+  settings = synthetic_line.dataclasses.replace(synthetic_line.SETTINGS, steps=0.4, calibration={'whole': 1800.0})
+  assert sentences.shortened(synthetic_line.SETTINGS) == ''
+  assert '30 minutes' in sentences.shortened(settings) and '40% of its steps, to fit 12' in sentences.shortened(settings)
+
+
 def test_estimate_counts_the_teacher_and_the_sampling():
   seconds = estimate.seconds(_make(1.0), SPEED)
   assert seconds['teacher'] > seconds['base'] and seconds['logits'] > seconds['sft_annotations']
@@ -323,7 +329,8 @@ def test_a_second_start_continues_the_first(tmp_path, monkeypatch, line):
       main.run('arithmetic_mix', 'full', None, minutes, tmp_path / 'run', console)
   assert asked[0] == asked[1]
   settings = record.read(tmp_path / 'run')
-  assert settings.dtype == 'bfloat16' and settings.steps < 1 and 'shortened' in sentences.shortened(settings)
+  assert settings.dtype == 'bfloat16' and settings.steps == estimate.SMALLEST
+  assert 'still leaves' in sentences.shortened(settings)  # of one minute, evaluation alone takes more
   with pytest.raises(schema.ConfigError, match='another --workdir'):
     main.run('arithmetic_mix', 'full', settings.seed + 1, 12.0, tmp_path / 'run', console)
 
