@@ -15,8 +15,8 @@ say() { printf 'srm_jax: %s\n' "$*" >&2; }
 # Every interpreter that may be of version $1, best known place first. Not all exist, and pyenv's shims may not run.
 candidates() {
   type -aP "python$1" python3 python || true
-  ls -d "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$1".*/bin/python3 "$HOME"/.local/share/uv/python/cpython-"$1"*/bin/python3 \
-    "$HOME"/.local/bin/"python$1" 2>/dev/null || true
+  ls -d "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$1".*/bin/python3 \
+    "$HOME"/.local/share/uv/python/cpython-"$1"*/bin/python3 "$HOME"/.local/bin/"python$1" 2>/dev/null || true
 }
 
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true; }
@@ -67,8 +67,7 @@ install_sat_solver() {
   mkdir -p "$site/pycosat-0.6.6.dist-info"
   printf 'Metadata-Version: 2.1\nName: pycosat\nVersion: 0.6.6\n' >"$site/pycosat-0.6.6.dist-info/METADATA"
   printf 'srm_jax\n' >"$site/pycosat-0.6.6.dist-info/INSTALLER"
-  printf 'pycosat.py,,\npycosat-0.6.6.dist-info/METADATA,,\npycosat-0.6.6.dist-info/INSTALLER,,\npycosat-0.6.6.dist-info/RECORD,,\n' \
-    >"$site/pycosat-0.6.6.dist-info/RECORD"
+  printf '%s,,\n' pycosat.py pycosat-0.6.6.dist-info/{METADATA,INSTALLER,RECORD} >"$site/pycosat-0.6.6.dist-info/RECORD"
   cat >"$site/pycosat.py" <<'STAND_IN'
 """Stand-in for pycosat, made where it could not be compiled."""
 
@@ -89,7 +88,8 @@ install() {
   : >"$venv/installing"
   rm -f "$venv/installed"
   install_sat_solver
-  "$venv_python" -m pip install --no-compile --progress-bar off --disable-pip-version-check -c experiments/constraints.txt -e ".[$1]" 2>&1 |
+  "$venv_python" -m pip install --no-compile --progress-bar off --disable-pip-version-check \
+    -c experiments/constraints.txt -e ".[$1]" 2>&1 |
     tee "$log" | while IFS= read -r line; do
       case $line in
         Collecting*|Building*|Installing*) [ ! -t 2 ] || printf '\r\033[K  %.70s' "$line" >&2 ;;
@@ -126,7 +126,7 @@ prepare_environment() {
   for extra in "$@"; do
     case ",$wanted," in *",$extra,"*) ;; *) wanted=${wanted:+$wanted,}$extra ;; esac
   done
-  if [ -f "$venv/installed" ] && [ "$wanted" = "$have" ] && [ "$(sed -n 1p "$venv/installed")" = "$(requirements_hash)" ]; then
+  if [ -f "$venv/installed" ] && [ "$(cat "$venv/installed")" = "$(requirements_hash; echo "$wanted")" ]; then
     return
   fi
   say "installing into $venv, once; this takes a few minutes${wanted:+ (extras: $wanted)}"

@@ -15,7 +15,7 @@ import sys
 ONEDNN = '--xla_cpu_experimental_onednn_custom_call=true'
 PATIENCE = '--xla_cpu_collective_call_terminate_timeout_seconds=600'  # known since before JAX 0.10
 
-# Run in a process of its own, since the answer to an unknown flag is SIGABRT: is the product that the flag replaces right?
+# Run in a process of its own, as the answer to an unknown flag is SIGABRT: is the product right that the flag replaces?
 _TRIAL = """
 import jax, jax.numpy as jnp
 a = (jnp.arange(64 * 96) % 7 - 3).reshape(64, 96).astype(jnp.bfloat16)
@@ -35,7 +35,8 @@ def prepare(cache_dir: str | os.PathLike | None = None):
   """
   if 'JAX_PLATFORMS' not in os.environ and _tpu_compiler_only():
     os.environ['JAX_PLATFORMS'] = 'cpu'
-  cache = pathlib.Path(cache_dir or pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'srm_jax')).expanduser()
+  home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+  cache = pathlib.Path(cache_dir or pathlib.Path(home, 'srm_jax')).expanduser()
   if not _set_already('xla_cpu_experimental_onednn_custom_call') and _worth_trying() and _accepted(ONEDNN, cache):
     _add_flag(ONEDNN)
   _keep_compiled_programs(cache / 'xla')
@@ -44,8 +45,8 @@ def prepare(cache_dir: str | os.PathLike | None = None):
 def set_virtual_devices(count: int):
   """Makes the CPU look like `count` devices, in place of an earlier count; other flags stay.
 
-  The devices share the cores: on a busy machine one may reach a collective long after another, and XLA by default aborts
-  the process when 40 seconds lie between them.
+  The devices share the cores: on a busy machine one may reach a collective long after another, and XLA by default
+  aborts the process when 40 seconds lie between them.
   """
   flags = re.sub(r'--xla_force_host_platform_device_count=\S*', '', os.environ.get('XLA_FLAGS', ''))
   os.environ['XLA_FLAGS'] = ' '.join([*flags.split(), f'--xla_force_host_platform_device_count={count}'])
@@ -54,7 +55,7 @@ def set_virtual_devices(count: int):
 
 
 def _tpu_compiler_only() -> bool:
-  """libtpu is there for `experiments.plan`, but neither a TPU nor a GPU is: JAX would look for the chip, and complain."""
+  """libtpu is there for `experiments.plan`, but no TPU or GPU: JAX would look for the chip, and complain."""
   devices = ('/dev/accel0', '/dev/vfio', '/dev/nvidia0', '/dev/kfd')
   return importlib.util.find_spec('libtpu') is not None and not any(map(os.path.exists, devices))
 
@@ -84,7 +85,8 @@ def _worth_trying() -> bool:
 def _accepted(flag: str, cache: pathlib.Path) -> bool:
   """Whether a process with the flag multiplies rightly; asked once per flag, jaxlib and chip."""
   chip = re.sub(r'.*(MHz|bogomips|apicid|processor|core id|physical id).*\n?', '', _chip())
-  key = hashlib.sha256('\n'.join([flag, importlib.metadata.version('jaxlib'), sys.version, chip]).encode()).hexdigest()[:16]
+  where = '\n'.join([flag, importlib.metadata.version('jaxlib'), sys.version, chip])
+  key = hashlib.sha256(where.encode()).hexdigest()[:16]
   verdict = cache / f'flag-{key}'
   if verdict.exists():
     return verdict.read_text() == 'accepted'
@@ -100,9 +102,10 @@ def _accepted(flag: str, cache: pathlib.Path) -> bool:
 def _try(flag: str) -> bool:
   environment = os.environ | {'XLA_FLAGS': flag, 'JAX_PLATFORMS': 'cpu'}
   try:
-    return subprocess.run([sys.executable, '-c', _TRIAL], env=environment, capture_output=True, timeout=60).returncode == 0
+    trial = subprocess.run([sys.executable, '-c', _TRIAL], env=environment, capture_output=True, timeout=60)
   except (OSError, subprocess.TimeoutExpired):
     return False
+  return trial.returncode == 0
 
 
 def _keep_compiled_programs(folder: pathlib.Path):

@@ -1,4 +1,4 @@
-"""The house rules, read from the sources: floors, sizes, names, mirror, dependencies. Each checker is itself tested below."""
+"""The house rules, read from the sources: floors, sizes, names, mirror, dependencies. Each checker is tested below."""
 
 import ast
 import functools
@@ -19,15 +19,16 @@ FLOORS = {
   'srm_jax.types': 0, 'srm_jax.sharding': 0, 'srm_jax.schema': 0,
   'srm_jax.models': 1, 'srm_jax.losses': 1,
   'srm_jax.inference': 2, 'srm_jax.data': 2, 'srm_jax.tasks': 2,
-  'srm_jax.rollout': 3, 'srm_jax.rewards': 3, 'srm_jax.train_step': 3, 'srm_jax.optimizers': 3, 'srm_jax.checkpoints': 3,
-  'srm_jax.metrics': 3, 'srm_jax.statistics': 3, 'srm_jax.diagnostics': 3,
+  'srm_jax.rollout': 3, 'srm_jax.rewards': 3, 'srm_jax.train_step': 3, 'srm_jax.optimizers': 3,
+  'srm_jax.checkpoints': 3, 'srm_jax.metrics': 3, 'srm_jax.statistics': 3, 'srm_jax.diagnostics': 3,
   'srm_jax.recipes': 4,
-  'srm_jax.train': 5, 'srm_jax.annotate': 5, 'srm_jax.evaluate': 5, 'srm_jax.plan': 5, 'srm_jax.report': 5, 'srm_jax.stages': 5,
-  'srm_jax.hlo': 5, 'srm_jax.inspection': 5,
+  'srm_jax.train': 5, 'srm_jax.annotate': 5, 'srm_jax.evaluate': 5, 'srm_jax.plan': 5, 'srm_jax.report': 5,
+  'srm_jax.stages': 5, 'srm_jax.hlo': 5, 'srm_jax.inspection': 5,
   'experiments': 6, 'configs': 6, 'tests': 7,
 }
 STRANGERS = [('srm_jax.models', 'srm_jax.losses'), ('srm_jax.losses', 'srm_jax.models')]
-TOP_LEVEL = {'.ci', '.gitignore', 'LICENSE', 'README.md', 'configs', 'experiments', 'notebooks', 'setup.py', 'srm_jax', 'tests'}
+TOP_LEVEL = {
+  '.ci', '.gitignore', 'LICENSE', 'README.md', 'configs', 'experiments', 'notebooks', 'setup.py', 'srm_jax', 'tests'}
 
 # Exceptions, each with its reason.
 LONG_FILES: dict[str, str] = {}
@@ -42,8 +43,8 @@ NEVER_IMPORTED: dict[str, str] = {}  # distribution in setup.py's REQUIREMENTS -
 @functools.cache
 def _files() -> tuple[str, ...]:
   """What is in the repository or about to be: tracked files, and new ones that are not ignored."""
-  listing = subprocess.run(
-    ['git', 'ls-files', '--cached', '--others', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True, check=False)
+  command = ['git', 'ls-files', '--cached', '--others', '--exclude-standard']
+  listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
   if listing.returncode:
     pytest.skip('not a git checkout: cannot tell the repository from what lies around in it')
   return tuple(sorted({name for name in listing.stdout.splitlines() if (ROOT / name).is_file()}))
@@ -62,7 +63,7 @@ def module_name(path: str) -> str:
 
 
 def imports(sources: dict[str, str]) -> dict[str, set[str]]:
-  """{module: names it imports, anywhere in the file}; `from a import b` is a.b where that is a module of `sources`, else a."""
+  """{module: names it imports, anywhere in the file}; `from a import b` is a.b where that is a module here, else a."""
   modules = {module_name(path) for path in sources}
   found = {}
   for path, text in sources.items():
@@ -152,7 +153,7 @@ def environment_edits(sources: dict[str, str]) -> list[str]:
 
 def bad_names(paths) -> list[str]:
   parts = {part.removesuffix('.py') for path in paths for part in path.split('/')}
-  return sorted(part for part in parts if part in ('utils', 'util', 'common', 'helpers', 'helper', 'misc') or part.endswith(('_lib', '_utils')))
+  return sorted(filter(re.compile(r'(?:utils?|common|helpers?|misc|.*_lib|.*_utils)$').match, parts))
 
 
 def too_long(sources: dict[str, str], limit: int) -> list[str]:
@@ -191,7 +192,8 @@ def orphans(paths) -> list[str]:
 
 def foreign_places(texts: dict[str, str]) -> list[str]:
   """Absolute paths of somebody's machine, and package registries."""
-  pattern = re.compile(r'(?<![\w.~-])/(?:home|root|work|Users)/|pypi\.org|pythonhosted\.org|--(?:extra-)?index-url|--find[-]links')
+  pattern = re.compile(
+    r'(?<![\w.~-])/(?:home|root|work|Users)/|pypi\.org|pythonhosted\.org|--(?:extra-)?index-url|--find[-]links')
   return [f'{path}: {match[0]}' for path, text in texts.items() for match in pattern.finditer(text)]
 
 
@@ -230,8 +232,8 @@ def test_tasks_never_import_jax():
 
 def test_only_the_top_floor_sees_flags():
   graph = imports(_sources('srm_jax'))
-  direct = {module: names & {'absl', 'absl.flags', 'absl.app', 'argparse', 'ml_collections.config_flags'} for module, names in graph.items()}
-  assert not {module: names for module, names in direct.items() if names}
+  flags = {'absl', 'absl.flags', 'absl.app', 'argparse', 'ml_collections.config_flags'}
+  assert not {module: names & flags for module, names in graph.items() if names & flags}
 
 
 def test_the_library_leaves_the_environment_alone():
@@ -290,7 +292,8 @@ def test_exceptions_are_still_needed():
 
 def test_imports_and_requirements_agree():
   required, extras = setup_lists((ROOT / 'setup.py').read_text(encoding='utf-8'))
-  owners = {module: {normalized(d) for d in found} for module, found in importlib.metadata.packages_distributions().items()}
+  installed = importlib.metadata.packages_distributions()
+  owners = {module: {normalized(name) for name in found} for module, found in installed.items()}
   imported = third_party(imports(_sources('srm_jax', 'experiments', 'configs')))
   declared = {*required, *(name for listed in extras.values() for name in listed)}
   undeclared = {module for module in imported if not owners.get(module, {normalized(module)}) & declared}
@@ -329,14 +332,17 @@ def test_floor_checker():
 
 
 def test_cycle_and_reach_checkers():
-  graph = imports({'p/a.py': 'from p import b', 'p/b.py': 'from . import c', 'p/c.py': 'from .a import x', 'p/d.py': 'import p.a, jax.numpy'})
+  graph = imports({
+    'p/a.py': 'from p import b', 'p/b.py': 'from . import c', 'p/c.py': 'from .a import x',
+    'p/d.py': 'import p.a, jax.numpy'})
   assert cycles(graph) == ['p.a', 'p.b', 'p.c']
   assert reaches({**graph, 'q': {'p.d'}}, 'q', {'jax'}) == ['q reaches jax.numpy']
   assert not reaches(graph, 'p.a', {'jax'})
 
 
 def test_environment_checker():
-  assert len(environment_edits({'a.py': "import os\nos.environ['A'] = '1'\nos.environ.setdefault('B', '2')\nos.putenv('C', '3')"})) == 3
+  edits = "import os\nos.environ['A'] = '1'\nos.environ.setdefault('B', '2')\nos.putenv('C', '3')"
+  assert len(environment_edits({'a.py': edits})) == 3
   assert not environment_edits({'a.py': "import os\nos.environ.get('A')\nx = os.environ['A']\nd.update(os.environ)"})
 
 
@@ -344,7 +350,8 @@ def test_size_checkers():
   lengths = function_lengths({'a.py': 'def f(x):\n  """One.\n\n  Two.\n  """\n  return x\n\n\ndef g():\n  return 1\n'})
   assert lengths == {'a.py:f': 2, 'a.py:g': 2}
   assert too_long({'a.py': 'x\n' * 5, 'b.py': 'x\n' * 4}, 4) == ['a.py has 5 lines, more than 4']
-  assert config_violations({'a.py': '"""Run me."""\ndef get_config():\n  pass\n'}) == ['the docstring of a.py names no command']
+  silent = '"""Run me."""\ndef get_config():\n  pass\n'
+  assert config_violations({'a.py': silent}) == ['the docstring of a.py names no command']
   assert not config_violations({'a.py': '"""python -m experiments.train"""\ndef get_config():\n  pass\n'})
 
 
@@ -363,5 +370,6 @@ def test_place_checker(folder):
 
 
 def test_requirement_readers():
-  assert setup_lists("REQUIREMENTS = ['Ml_Collections>=1']\nEXTRAS = {'x': ['jax[cuda12]']}") == (['ml-collections'], {'x': ['jax']})
+  lists = "REQUIREMENTS = ['Ml_Collections>=1']\nEXTRAS = {'x': ['jax[cuda12]']}"
+  assert setup_lists(lists) == (['ml-collections'], {'x': ['jax']})
   assert third_party({'srm_jax.a': {'os.path', 'flax.linen', 'srm_jax.types'}}) == {'flax'}

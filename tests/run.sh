@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests: bash tests/run.sh [--all] [pytest's own options and paths]
-# --all adds what is marked slow: notebooks, kill tests, every family's parity; and the TPU compiler, where it exists, for plan.
-# Real data is found through SRM_DATA_DIR.
+# --all adds what is marked slow (notebooks, kill tests, every family's parity) and, where it exists, the
+# TPU compiler for plan. Real data is found through SRM_DATA_DIR.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . experiments/environment.sh
@@ -30,8 +30,8 @@ paths=(tests)
 for argument in ${arguments[@]+"${arguments[@]}"}; do
   [ ! -e "${argument%%::*}" ] || paths=()
 done
-# Most of the time is spent in the compiler, which uses one core. Of the whole suite two processes take a file each; what the
-# caller picks runs in one, where pytest's debugger works.
+# Most of the time goes into the compiler, which uses one core. Of the whole suite two processes take a file each; what
+# the caller picks runs in one, where pytest's debugger works.
 workers=()
 [ ${#arguments[@]} -gt 0 ] || workers=(-n 2 --dist loadfile)
 exec "$venv_python" -m pytest -q --durations=15 ${workers[@]+"${workers[@]}"} ${selection[@]+"${selection[@]}"} \

@@ -51,7 +51,7 @@ def listed(workdir):
 
 @pytest.mark.parametrize('name, config, after', [('sft', SFT, 1), ('sft', SFT, 2), ('grpo', GRPO, 2)])
 def test_a_stopped_run_continues_bit_for_bit(finished, tmp_path, monkeypatch, name, config, after):
-  calls = []
+  calls, before = [], signal.getsignal(signal.SIGINT)  # ignored where the tests run in the background of a shell
 
   def stop(*args):
     calls.append(args)
@@ -63,7 +63,7 @@ def test_a_stopped_run_continues_bit_for_bit(finished, tmp_path, monkeypatch, na
     patch.setattr('srm_jax.train.step_flops', stop)
     with pytest.raises(KeyboardInterrupt, match=f'stopped after step {after}; the same command continues'):
       train(config(), tmp_path)
-  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  assert signal.getsignal(signal.SIGINT) is before
   run = train(config(), tmp_path)
   assert run.step == finished[name].step
   assert_equal(run.params, finished[name].params)
@@ -273,7 +273,7 @@ def test_a_step_that_is_not_finite_keeps_the_last_good_state(tmp_path, monkeypat
   with pytest.raises(NonFiniteError, match=r'step 1: not finite, first in the loss.*checkpoint 1, the batch in .*non_finite_batch_1\.npz'):
     train(config, tmp_path)
   saved = np.load(tmp_path / 'non_finite_batch_1.npz')
-  assert np.isnan(saved['advantages']).any() and saved['batch.inputs'].shape == (8, 16)
+  assert np.isnan(saved['advantages']).any() and saved['batch.inputs'].shape == saved['advantages'].shape
   calls[:] = [1, 1]
   good = train(changed(config, num_steps=1), tmp_path / 'good')
   assert_equal(checkpoints.load_model(tmp_path).params, good.params['model'])

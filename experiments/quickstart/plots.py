@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from experiments.quickstart.findings import CONTROL, DISTILLED, STEPS, Findings
+from experiments.quickstart.findings import CONTROL, DISTILLED, STEPS, Findings, Score
 from experiments.quickstart.reference import Band
 from experiments.quickstart.table import SHORT
 from srm_jax import metrics, statistics
@@ -70,9 +70,8 @@ def accuracy(findings: Findings, bands: Mapping[str, Band], chance: float, outsi
         band = bands[row.name]
         ax.barh(place, band.high - band.low, left=band.low, height=0.72, color=COLORS[row.name], alpha=0.2, linewidth=0)
         ax.plot([band.mean, band.mean], [place - 0.36, place + 0.36], color=COLORS[row.name], alpha=0.7, linewidth=1.2)
-      error = [[row.score.accuracy - row.score.low], [row.score.high - row.score.accuracy]]
       ax.errorbar(
-          row.score.accuracy, place, xerr=error, fmt='o', color=COLORS[row.name], capsize=3, markersize=7, elinewidth=2
+          row.score.accuracy, place, xerr=_arms(row.score), fmt='o', color=COLORS[row.name], capsize=3, markersize=7, elinewidth=2
       )
       flag = ' outside its band' if row.name in outside else ''
       right = row.score.high < 0.86
@@ -88,6 +87,11 @@ def accuracy(findings: Findings, bands: Mapping[str, Band], chance: float, outsi
     _percent_axis(ax.xaxis, up=False)
 
   return svg(draw, 'Accuracy of every step', width=8.6, height=4.3)
+
+
+def _arms(score: Score) -> np.ndarray:
+  """Lengths of the error bar, [2, 1]; at 0 and 100 % rounding must not make one of them negative."""
+  return np.maximum([[score.accuracy - score.low], [score.high - score.accuracy]], 0.0)
 
 
 def _chance(ax: Axes, chance: float, *, vertical: bool):
@@ -149,13 +153,12 @@ def by_steps(findings: Findings, chance: float) -> str:
   def draw(figure):
     ax = figure.subplots()
     for shift, name in zip(np.linspace(-0.12, 0.12, len(names)), names):
-      tallies = [(steps, *tally) for steps, tally in findings.rows[name].by_steps.items() if tally[1]]
-      x = np.array([steps for steps, _, _ in tallies]) + shift
-      y = np.array([right / n for _, right, n in tallies])
-      ends = np.array([statistics.wilson_interval(right, n) for _, right, n in tallies]).reshape(-1, 2).T
+      tallies = [(steps, *tally) for steps, tally in findings.rows[name].by_steps.items()]
+      scores = [Score(right / n, *statistics.wilson_interval(right, n), n) for _, right, n in tallies]
       ax.errorbar(
-          x, y, yerr=[y - ends[0], ends[1] - y], color=COLORS[name], label=STEPS[name].title, marker='o',
-          markersize=4.5, capsize=2, elinewidth=1.1,
+          [steps + shift for steps, _, _ in tallies], [score.accuracy for score in scores],
+          yerr=np.concatenate([_arms(score) for score in scores], axis=1), color=COLORS[name], label=STEPS[name].title,
+          marker='o', markersize=4.5, capsize=2, elinewidth=1.1,
       )
     _chance(ax, chance, vertical=False)
     counts = {steps: tally[1] for steps, tally in findings.rows['teacher'].by_steps.items()}
@@ -177,8 +180,7 @@ def strategies(findings: Findings, chance: float) -> str:
     points.append((teacher.answer_flops, teacher.score, 'Teacher, greedy', COLORS['teacher']))
     for flops, score, title, color, text_y in _spread(points):
       ax.errorbar(
-          flops, score.accuracy, yerr=[[score.accuracy - score.low], [score.high - score.accuracy]], fmt='o',
-          color=color, markersize=8, capsize=3, elinewidth=1.5,
+          flops, score.accuracy, yerr=_arms(score), fmt='o', color=color, markersize=8, capsize=3, elinewidth=1.5,
       )
       ax.annotate(title, (flops, text_y), xytext=(11, 0), textcoords='offset points', va='center', fontsize=9.5)
     _chance(ax, chance, vertical=False)

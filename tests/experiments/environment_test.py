@@ -47,10 +47,11 @@ def prepare(machine, *extras, **environment):
   """-> (exit code, what it said, what pip was told)."""
   log = machine / 'log'
   log.write_text('')
-  script = f'set -euo pipefail; . experiments/environment.sh; prepare_environment {" ".join(extras)}; echo "use $venv_python"'
+  script = 'set -euo pipefail; . experiments/environment.sh; prepare_environment "$@"; echo "use $venv_python"'
+  places = {'PATH': machine / 'bin', 'HOME': machine / 'home', 'LOG': log, 'SITE': machine / 'site'}
   done = subprocess.run(
-    ['bash', '-c', script], cwd=machine / 'repository', capture_output=True, text=True, check=False, timeout=60,
-    env={'PATH': str(machine / 'bin'), 'HOME': str(machine / 'home'), 'LOG': str(log), 'SITE': str(machine / 'site')} | environment)
+    ['bash', '-c', script, 'prepare', *extras], cwd=machine / 'repository', capture_output=True, text=True, check=False,
+    timeout=60, env={name: str(place) for name, place in places.items()} | environment)
   return done.returncode, done.stdout + done.stderr, log.read_text()
 
 

@@ -216,6 +216,18 @@ def test_human_written_problems_come_with_their_sentence(line, found):
   assert 'near zero' in _page(line, found, None, task='gsm8k') and 'near zero' not in _page(line, found, None)
 
 
+def test_a_line_that_never_is_right_has_a_page_too(line, found):
+  nothing = findings.Score(0.0, 1e-18, 0.04, COUNT)
+  rows = {
+      name: row._replace(score=nothing, retention=float('nan'), by_steps={1: (0, 7)}, hard=None)
+      for name, row in found.rows.items()
+  }
+  strategies = {name: row._replace(score=nothing) for name, row in found.strategies.items()}
+  never = found._replace(rows=rows, strategies=strategies)
+  text = page.render(page.Report(synthetic_line.SETTINGS, line[1], never, [], None, 0.03))
+  assert '0.0 (0.0–4.0)' in text and 'nan' not in text
+
+
 def test_completions_are_escaped():
   case = cases.Case('kind', 'Is 1 < 2?', '#### <b>', [cases.Try('Teacher', ['<script>'], False, 0)], 1, 2)
   text = page._case(case)

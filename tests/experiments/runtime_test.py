@@ -76,7 +76,9 @@ def test_trial_passes_without_a_flag():
 
 
 def test_compiled_programs_are_kept(tmp_path):
-  script = 'from experiments import runtime; runtime.prepare(%r); import jax; print(jax.config.jax_compilation_cache_dir)' % str(tmp_path)
+  script = (
+    f'from experiments import runtime; runtime.prepare({str(tmp_path)!r})\n'
+    'import jax; print(jax.config.jax_compilation_cache_dir)')
   environment = {name: value for name, value in os.environ.items() if name != 'JAX_COMPILATION_CACHE_DIR'}
   done = subprocess.run([sys.executable, '-c', script], env=environment, capture_output=True, text=True, check=True)
   assert done.stdout.strip() == str(tmp_path / 'xla')
