@@ -25,7 +25,7 @@ from srm_jax.types import Batch, Prompt, SamplingParams
 DTYPES = ('float32', 'bfloat16')
 STEP_SHARE = 0.25  # of the rate of bare products that a whole train step reaches, where none was measured
 STEP_MARGIN, PRODUCT_MARGIN = 1.1, 2.0  # how much faster bfloat16 must be
-DECODE_COST = 3.0  # times a training token, for a decoded token, where none was measured
+DECODE_COST = 1.0  # times a training token, for a decoded token, where none was measured
 PROMPT_TOKENS = 24
 
 
@@ -74,10 +74,12 @@ def calibrate(config: Mapping[str, Any], *, limit: float) -> Speed:
       train['student'] = _train_token(sections['student'], vocab, dtype)
     decode = {}
     if in_time():
-      decode['student'] = _decode_token(sections['student'], vocab, stages['annotate']['config'], dtype)
+      decode['teacher'] = _decode_token(sections['teacher'], vocab, stages['annotate']['config'], dtype)
   flops = {name: train_flops(_model(section, vocab, dtype), 1) for name, section in sections.items()}
   train_seconds = _complete(train, flops, 1 / (STEP_SHARE * rates[dtype]))
-  decode_seconds = _complete(decode, flops, DECODE_COST * train_seconds['student'] / flops['student'])
+  # Between two sizes decoding grows about as the root of the FLOPs: a step is half products, half everything around them.
+  roots = {name: value**0.5 for name, value in flops.items()}
+  decode_seconds = _complete(decode, roots, DECODE_COST * train_seconds['teacher'] / roots['teacher'])
   compiling = [timed.compiling for timed in (*train.values(), *decode.values())]
   mean = float(np.mean(compiling)) if compiling else 0.0
   return Speed(dtype, train_seconds, decode_seconds, mean, rates, time.perf_counter() - start)
@@ -95,10 +97,10 @@ def choose(rates: Mapping[str, float], steps: Mapping[str, float]) -> str:
   return 'bfloat16' if rates['bfloat16'] > PRODUCT_MARGIN * rates['float32'] else 'float32'
 
 
-def _complete(measured: Mapping[str, Timed], flops: Mapping[str, float], otherwise: float) -> dict[str, float]:
-  """Seconds a token for every model: measured, or in proportion to FLOPs from one that was, or `otherwise` a FLOP."""
-  rate = next((timed.seconds / flops[name] for name, timed in measured.items()), otherwise)
-  return {name: measured[name].seconds if name in measured else rate * flops[name] for name in flops}
+def _complete(measured: Mapping[str, Timed], work: Mapping[str, float], otherwise: float) -> dict[str, float]:
+  """Seconds a token for every model: measured, or in proportion to its work from one that was, or `otherwise` a unit."""
+  rate = next((timed.seconds / work[name] for name, timed in measured.items()), otherwise)
+  return {name: measured[name].seconds if name in measured else rate * work[name] for name in work}
 
 
 def _fastest(call: Callable[[], Any], repeats: int = 3) -> Timed:

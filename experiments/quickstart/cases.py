@@ -57,7 +57,7 @@ def find(stages: Mapping, findings: Findings) -> list[Case]:
     solution = task.solution(problem) or problem.answer
     return Case(what, task.prompt(problem), solution, tries, len(matching), len(problems))
 
-  what = f'The teacher solves it, SFT on gold fails, the best distilled student ({best.lower()}) solves it'
+  what = f'The teacher solves it, SFT on gold fails, the best distilled student ({best}) solves it'
   return [
       case(what, gained, shown[:3]),
       case('Every model of the line fails', lambda i: not any(grades[i] for grades in right.values()), shown),

@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments.quickstart.calibrate import PROMPT_TOKENS, Speed
 
-ANSWER_SHARE = 0.6  # of max_new_tokens that a batch decodes until its last row is done, about
+ANSWER_SHARE = 0.45  # of max_new_tokens that a batch decodes until its last row is done, about
 OVERHEAD = 1.5  # seconds a stage for data, checkpoints and programs from the cache
 TOKENIZER = 4.0  # seconds
 SMALLEST = 0.05
