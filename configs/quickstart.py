@@ -22,8 +22,8 @@ def get_config(arg: str = ''):
   steps = {name: max(2, round(a.steps * count)) for name, count in s.steps.items()}
   gold = base.data(task, count=s.gold, seed=seed + 1)
   fresh = base.data(task, count=s.prompts, seed=seed + 2)
-  annotated = base.data(task, records='{annotate}/annotations.jsonl', target='completion')
-  same_prompts = base.data(task, records='{annotate}/annotations.jsonl', target='solution')
+  annotated = base.data(task, records='{annotate}/annotations.jsonl', target=f'{s.annotations_used}completion')
+  same_prompts = base.data(task, records='{annotate}/annotations.jsonl', target=f'{s.annotations_used}solution')
   rows = base.batch(s.rows, s.length)
   stages, order = {}, []
 

@@ -14,10 +14,11 @@ _ARITHMETIC = dict(
     student=dict(embed_dim=64, num_layers=3, num_heads=4, mlp_dim=192),
     divergence='forward_kl', on_policy_divergence='forward_kl', hidden_weight=1.0,
     optimizer=dict(teacher=_MUON, base=_MUON, arm=_ARM, on_policy=_GENTLE, rl=_RL),
-    annotations=2, opd_prompts=48, rl_prompts=32, group=8, votes=8,
+    annotations=2, annotations_used='', opd_prompts=48, rl_prompts=32, group=8, votes=8,
 )
 _GSM8K = _ARITHMETIC | dict(
-    vocab=1024, length=512, row=512, context=640, new_tokens=200, rows=8, decode_rows=128, opd_prompts=32, rl_prompts=8,
+    vocab=1024, length=704, row=640, context=704, new_tokens=200, rows=4, decode_rows=128, opd_prompts=32, rl_prompts=8,
+    annotations_used='unfiltered_',  # a teacher trained for minutes is almost never right on these problems
 )
 
 SIZES = {
@@ -27,7 +28,7 @@ SIZES = {
         steps=dict(teacher=500, base=400, arm=200, rl=30),
     ),
     'arithmetic_mix/smoke': dict(
-        teacher_problems=2000, gold=200, prompts=64, rl_problems=200, dev=32, test=64, hard=32, votes=4, annotations=2,
+        teacher_problems=2000, gold=200, prompts=64, rl_problems=200, dev=32, test=64, hard=32, votes=4, annotations_used='unfiltered_',
         steps=dict(teacher=40, base=10, arm=6, rl=2),
     ),
     'gsm8k': _GSM8K,

@@ -49,7 +49,7 @@ class TokenizerConfig:
 
 
 class Stage(NamedTuple):
-  """A finished stage: its folder, what later stages see under its name, seconds it took (of all its starts), and its outcome."""
+  """A finished stage: its folder, what later stages see under its name, seconds that its last start took, and its outcome."""
 
   name: str
   run: str
@@ -91,7 +91,7 @@ def _evaluate(config, workdir, done):
 
 
 def _select(config, workdir, done: Mapping[str, Stage]):
-  """Picks by dev accuracy; a tie goes to the candidate named first."""
+  """Picks by dev accuracy; a tie goes to the first name in the alphabet."""
   workdir.mkdir(parents=True, exist_ok=True)
   config = schema.parse(SelectConfig, config, 'config')
   evaluations = {str(stage.target): stage.outcome for stage in done.values() if stage.run == 'evaluate'}

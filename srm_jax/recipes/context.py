@@ -30,7 +30,8 @@ class DataConfig:
   """Which prompts, and which completions to learn.
 
   task, split, count, seed: problems of a task, generated or read. records: a file of annotations, which replaces split, count and seed.
-  target: 'solution' learns the problem's own worked solution, 'completion' the annotation's text (only right ones).
+  target: 'solution' learns the problem's own worked solution, 'completion' the annotation's text; both of right annotations only,
+  unless 'unfiltered_solution' or 'unfiltered_completion' says that wrong ones count too.
   """
 
   task: str
@@ -50,6 +51,7 @@ class BatchConfig:
   packing: str
 
 
+TARGETS = ('solution', 'completion', 'unfiltered_solution', 'unfiltered_completion')
 PLANS = {'plan': packing.plan, 'one_per_row': packing.one_per_row}
 
 
@@ -75,8 +77,8 @@ def _solutions(task, problems):
 def _annotations(task, path, target):
   if not pathlib.Path(path).exists():
     raise schema.ConfigError(f'data.records {path} does not exist; run the annotation first')
-  kept = [annotation for annotation in records.read(path) if annotation.correct]
-  if target == 'completion':
+  kept = [annotation for annotation in records.read(path) if annotation.correct or target.startswith('unfiltered')]
+  if target.endswith('completion'):
     unique = {(a.problem.id, a.completion): a for a in kept}
     return [Worked(a.id, a.problem, a.completion, a.finished) for a in unique.values()]
   return _solutions(task, {a.problem.id: a.problem for a in kept}.values())
@@ -89,12 +91,12 @@ def worked_examples(data: DataConfig) -> list[Worked]:
     ConfigError: unknown task or target, no such file, or nothing left to learn from.
   """
   task = find_task(data.task)
-  if data.target not in ('solution', 'completion'):
-    raise schema.unknown('data.target', data.target, ('solution', 'completion'))
+  if data.target not in TARGETS:
+    raise schema.unknown('data.target', data.target, TARGETS)
   if data.records:
     worked = _annotations(task, data.records, data.target)
-  elif data.target == 'completion':
-    raise schema.ConfigError("data.target 'completion' needs data.records, a file of annotations")
+  elif data.target != 'solution':
+    raise schema.ConfigError(f"data.target {data.target!r} needs data.records, a file of annotations")
   else:
     worked = _solutions(task, load_problems(data))
   if not worked:

@@ -83,6 +83,16 @@ def test_wrong_sections(options, message):
     context.worked_examples(section(**{'name': options.pop('task', 'sums'), **options}))
 
 
+def test_unfiltered_targets_learn_from_wrong_annotations_too(tmp_path):
+  path = str(tmp_path / 'annotations.jsonl')
+  records.write(path, [annotation(problem, 0, 'no idea', False) for problem in PROBLEMS[:2]])
+  with pytest.raises(schema.ConfigError, match='nothing to learn from'):
+    context.worked_examples(section(records=path, target='completion'))
+  assert [item.completion for item in context.worked_examples(section(records=path, target='unfiltered_completion'))] == ['no idea'] * 2
+  gold = context.worked_examples(section(records=path, target='unfiltered_solution'))
+  assert [item.completion for item in gold] == [f'#### {problem.answer}' for problem in PROBLEMS[:2]]
+
+
 def test_loss_lies_on_the_completion_and_its_end():
   item = context.Worked('x', PROBLEMS[0], 'ab')
   prompt = tiny.SUMS.prompt(PROBLEMS[0])
