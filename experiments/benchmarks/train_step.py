@@ -26,9 +26,9 @@ PEERS = flags.DEFINE_bool('peers', True, 'also time PyTorch')
 LEARNING_RATE = 1e-3
 # name -> (model, length of a row)
 SHAPES = {
-    'peer': (TransformerConfig(2048, num_layers=6, embed_dim=256, num_heads=4, num_kv_heads=4, head_dim=64, mlp_dim=1024), 256),
-    'teacher': (TransformerConfig(512, num_layers=4, embed_dim=128, num_heads=4, num_kv_heads=4, head_dim=32, mlp_dim=384), 128),
-    'student': (TransformerConfig(512, num_layers=2, embed_dim=64, num_heads=4, num_kv_heads=4, head_dim=16, mlp_dim=192), 128),
+    'peer': (TransformerConfig(2048, num_layers=6, embed_dim=256, num_heads=4, num_kv_heads=4, head_dim=64, mlp_dim=1024, unroll=6), 256),
+    'teacher': (TransformerConfig(512, num_layers=4, embed_dim=128, num_heads=4, num_kv_heads=4, head_dim=32, mlp_dim=384, unroll=4), 128),
+    'student': (TransformerConfig(512, num_layers=2, embed_dim=64, num_heads=4, num_kv_heads=4, head_dim=16, mlp_dim=192, unroll=2), 128),
 }
 
 
