@@ -199,7 +199,7 @@ def complete(
   Returns:
     Tokens and log-probabilities of each row; an end-of-text token that was sampled is its last.
   """
-  state, owner, used = _start(config, params, prompts, rows, keys, batch_size)
+  state, owner, used = _start(config, params, prompts, rows, keys, batch_size, min(steps, sampling.max_new_tokens))
   temperature, top_k, top_p = sampler.greedy_or_given(sampling)
   tokens, logprobs = [[] for _ in rows], [[] for _ in rows]
   remaining = sampling.max_new_tokens
@@ -223,15 +223,16 @@ def complete(
   return tokens, logprobs
 
 
-def _start(config, params, prompts, rows, keys, batch_size):
-  """(state after prefill, which row each slot decodes or -1, cache slots in use)."""
+def _start(config, params, prompts, rows, keys, batch_size, room):
+  """(state after prefill with room for so many steps, which row each slot decodes or -1, cache slots in use)."""
   size = batch_bucket(len(rows), batch_size)
   vacant = size - len(rows)
   tokens, lengths = pad_left(prompts, batch_bucket(len(prompts) + (vacant > 0), batch_size))
   used = tokens.shape[1] - 1
   # Vacant slots continue a dummy prompt, whose length 0 makes them done from the start.
   slots = np.pad(np.asarray(rows, np.int32), (0, vacant), constant_values=len(lengths) - 1)
-  state = prefill(config, params, tokens, lengths, slots, np.pad(keys, ((0, vacant), (0, 0))), size=used)
+  keys = np.pad(keys, ((0, vacant), (0, 0)))
+  state = prefill(config, params, tokens, lengths, slots, keys, size=bucket(used + room))
   return state, np.pad(np.arange(len(rows)), (0, vacant), constant_values=-1), used
 
 

@@ -49,6 +49,27 @@ def test_tokens_do_not_depend_on_the_batch():
   assert alone[0][0].tokens == _results()[2][0].tokens
 
 
+@pytest.mark.parametrize('streams', [1, 2, 3])
+def test_tokens_do_not_depend_on_the_streams(streams):
+  counts = []
+  generate = inference.make_generate(
+      models.CONFIG, models.params(), TOKENIZER, batch_size=6, steps=8, streams=streams, progress=counts.append,
+  )
+  results = generate(PROMPTS, SAMPLING)
+  assert _tokens(results) == _tokens(_results())
+  assert sum(counts) == sum(len(row) for group in _tokens(results) for row in group)
+
+
+def test_a_failing_stream_fails_the_call(monkeypatch):
+  def broken(*args, **kwargs):
+    raise FloatingPointError('broken batch')
+
+  monkeypatch.setattr('srm_jax.inference.decode.complete', broken)
+  generate = inference.make_generate(models.CONFIG, models.params(), TOKENIZER, batch_size=4, streams=2)
+  with pytest.raises(FloatingPointError, match='broken batch'):
+    generate(PROMPTS, SAMPLING)
+
+
 def test_tokens_depend_on_the_seed_and_the_prompt_id():
   renamed = _generate()([Prompt('other', PROMPTS[2].text)], SAMPLING)
   reseeded = _generate()(PROMPTS[2:3], SamplingParams(max_new_tokens=8, samples=2, temperature=0.9, seed=1))
