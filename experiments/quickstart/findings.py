@@ -40,13 +40,13 @@ STEPS: dict[str, Step] = {
 DISTILLED = ('sft_annotations', 'logits', 'hidden', 'on_policy')
 CONTROL = 'sft_gold'
 
-# {row: (title, row that it is compared with)}
+# {row: (title, row that it is compared with)}; samples and temperature are those of the config
 STRATEGIES: dict[str, tuple[str, str]] = {
     'direct': ('Direct answer', ''),
     'greedy': ('Greedy chain of thought', ''),
-    'sample': ('One sample, T=1', ''),
-    'majority': ('Majority of {votes}', 'sample'),
-    'best_of_n': ('Best of {votes} by the teacher', 'majority'),
+    'sample': ('One sample, T={temperature:g}', ''),
+    'majority': ('Majority of {samples}', 'sample'),
+    'best_of_n': ('Best of {samples} by the teacher', 'majority'),
 }
 
 
@@ -192,7 +192,7 @@ def _strategies(stage) -> dict[str, StrategyRow]:
   for name, (title, against) in STRATEGIES.items():
     result, n = found[name], found[name]['n']
     rows[name] = StrategyRow(
-        name=name, title=title.format(votes=config['strategies'][name]['samples']), score=score(result),
+        name=name, title=title.format(**config['strategies'][name]), score=score(result),
         compared=compare(name, against, found), sampled=result['tokens_per_answer'],
         scored=result['spent']['scored'] / n, flops=result['flops'] / n,
     )

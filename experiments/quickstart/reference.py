@@ -2,8 +2,10 @@
 
 python -m experiments.sweep --config=configs/quickstart.py --seeds=5 --workdir=runs/reference
 python -m experiments.quickstart.reference --workdir=runs/reference [--seeds=1,2,3,4,5] [--arg=task=arithmetic_mix]
+python -m experiments.quickstart.reference --table
 
-The second command runs only what the first (or a stopped call of either) has not finished in the workdir.
+The second command runs only what the first (or a stopped call of either) has not finished in the workdir. The third
+prints the committed reference as the README has it.
 
 The band is the 95 % prediction interval of one new run, t-based: mean +- t(k - 1) s sqrt(1 + 1/k) over k seeds. It is
 wider than the interval of the mean, which says where the average of many runs lies and not where yours does. s is
@@ -75,7 +77,7 @@ def summarize(runs: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> di
   found = [findings.collect(stages) for stages in runs]
   tests = [{name: findings.results(stages[f'test_{name}'])['greedy'] for name in findings.STEPS} for stages in runs]
   spent = [findings.results(stages['strategies']) for stages in runs]
-  rows = {name: _row([test[name] for test in tests]) for name in findings.STEPS}
+  rows = {name: _row(found[0].rows[name].title, [test[name] for test in tests]) for name in findings.STEPS}
   for name, row in rows.items():
     if f'hard_{name}' in runs[0]:
       row['hard'] = [findings.results(stages[f'hard_{name}'])['greedy']['accuracy'] for stages in runs]
@@ -84,16 +86,18 @@ def summarize(runs: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> di
   comparisons += [_compared(name, against, spent, ()) for name, (_, against) in findings.STRATEGIES.items() if against]
   return {
       **about, 'chosen': [one.best for one in found], 'rows': rows,
-      'strategies': {name: _row([one[name] for one in spent]) for name in findings.STRATEGIES},
+      'strategies': {
+          name: _row(found[0].strategies[name].title, [one[name] for one in spent]) for name in findings.STRATEGIES
+      },
       'comparisons': comparisons,
   }
 
 
-def _row(results) -> dict[str, Any]:
+def _row(title: str, results) -> dict[str, Any]:
   accuracies = [result['accuracy'] for result in results]
   n = min(result['n'] for result in results)
   return {
-      'accuracies': accuracies, 'mean': float(np.mean(accuracies)), 'min': min(accuracies), 'max': max(accuracies),
+      'title': title, 'accuracies': accuracies, 'mean': float(np.mean(accuracies)), 'min': min(accuracies), 'max': max(accuracies),
       'band': prediction_interval(accuracies, n), 'n': n,
   }
 
@@ -122,6 +126,32 @@ def read(path=PATH) -> Reference | None:
   return Reference(bands, about, content['comparisons'])
 
 
+def markdown(content: Mapping[str, Any]) -> str:
+  """The tables of steps and of strategies over the seeds, for a README.
+
+  Args:
+    content: of reference.json.
+  """
+  from experiments.quickstart.findings import BEST
+  from experiments.quickstart.table import SHORT, points, probability
+
+  gained = {one['row']: one for one in content['comparisons']}
+
+  def line(name, row):
+    cells = [row['title'], f'{100 * row["mean"]:.1f}', f'{100 * row["min"]:.1f}–{100 * row["max"]:.1f}']
+    if name in gained:
+      one = gained[name]
+      over = 'best arm' if one['against'] == BEST else SHORT[one['against']]
+      cells += [f'{points(one["difference"])} over {over}', f'{one["gains"]} of {one["seeds"]}', probability(one['p'])]
+    return '| ' + ' | '.join(cells + [''] * (6 - len(cells))) + ' |'
+
+  def table(first, rows):
+    titles = f'| {first} | Accuracy, % (mean) | over seeds | Points gained | Seeds that gain | pooled p |'
+    return '\n'.join([titles, '|---|---:|---:|---:|---:|---:|', *(line(*item) for item in rows.items())])
+
+  return table('Step', content['rows']) + '\n\n' + table('Strategy', content['strategies']) + '\n'
+
+
 def differences(reference: Reference, settings) -> list[str]:
   """In what a run differs from the reference, so that its bands do not apply; empty where they do."""
   return [
@@ -134,6 +164,11 @@ def main(argv):
   del argv
   from experiments import command, runtime
 
+  if FLAGS.table:
+    print(markdown(json.loads(pathlib.Path(FLAGS.output).read_text())), end='')
+    return
+  if not FLAGS.workdir:
+    raise app.UsageError('give --workdir=DIR for the stages, or --table')
   command.show_progress_of_library()
   runtime.prepare()
   command.guarded(_write)
@@ -167,8 +202,9 @@ def _write():
 FLAGS = flags.FLAGS
 
 if __name__ == '__main__':
-  flags.DEFINE_string('workdir', None, 'Where the stages of all seeds are, or go.', required=True)
+  flags.DEFINE_string('workdir', None, 'Where the stages of all seeds are, or go.')
+  flags.DEFINE_bool('table', False, 'Print the committed reference as Markdown, and run nothing.')
   flags.DEFINE_list('seeds', ['1', '2', '3', '4', '5'], 'Seeds, none of them one of development.')
   flags.DEFINE_string('arg', '', 'Argument of configs/quickstart.py, without the seed.')
-  flags.DEFINE_string('output', str(PATH), 'The file to write.')
+  flags.DEFINE_string('output', str(PATH), 'The file to write, or to print.')
   app.run(main)

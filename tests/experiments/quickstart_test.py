@@ -166,6 +166,19 @@ def test_reference_pools_seeds(known, found):
       name for name, step in findings.STEPS.items() if step.against} | {'majority', 'best_of_n'}
 
 
+def test_the_table_of_the_reference_has_every_row_with_its_pooled_test(line, known):
+  runs = [line[1], line[1]]
+  content = json.loads(json.dumps(reference.summarize(runs, {})))
+  lines = reference.markdown(content).splitlines()
+  assert [row.split('|')[1].strip() for row in lines if row.startswith('| ')] == [
+      'Step', *(step.title for step in findings.STEPS.values()),
+      'Strategy', *(row.title for row in findings.collect(line[1]).strategies.values()),
+  ]
+  rl, accuracy = next(row for row in lines if row.startswith('| RL')), _correct(line, 'test_rl').mean()
+  assert f'| {100 * accuracy:.1f} | {100 * accuracy:.1f}–{100 * accuracy:.1f} |' in rl and 'over best arm' in rl
+  assert {row.count('|') for row in lines if row} == {7}
+
+
 def test_a_row_outside_its_band_is_flagged(found, known):
   assert sentences.against_reference(found, known, synthetic_line.SETTINGS)[0] == []
   moved = known._replace(bands=known.bands | {'hidden': reference.Band(0.1, 0.1, 0.1, 0.0, 0.2)})
