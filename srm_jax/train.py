@@ -201,6 +201,13 @@ def step_flops(setup_model: TransformerConfig, recipe: Recipe, batch) -> float:
   return flops + (forward_flops(setup_model, tokens, context) if isinstance(batch, Rollouts) else 0.0)
 
 
+def describe(batch) -> str:
+  """'12 x 160 tokens, 1024 of 1890 that are not padding supervised' of a Batch or Rollouts."""
+  rows: Batch = getattr(batch, 'batch', batch)
+  supervised, real = np.count_nonzero(rows.loss_mask), np.count_nonzero(rows.segment_ids)
+  return f'{" x ".join(map(str, rows.inputs.shape))} tokens, {supervised} of {real} that are not padding supervised'
+
+
 class _Interrupts:
   """Remembers Ctrl-C and SIGTERM until the step boundary."""
 
@@ -241,6 +248,8 @@ def _loop(setup: _Setup, workdir, saved) -> TrainState:
     for step in range(start, config.num_steps):
       if pending is None or not config.overfit_one_batch:
         host_batch = recipe.source.next(state.params, 0 if config.overfit_one_batch else step)
+      if step == start:
+        _LOG.info('first batch: %s', describe(host_batch))
       flops += step_flops(setup.context.model, recipe, host_batch)
       batch = sharding.shard_rows(host_batch, setup.mesh)
       _check_finite(setup, workdir, saved, state, pending, flops)  # before another step moves the last good state

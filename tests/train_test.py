@@ -15,9 +15,9 @@ from srm_jax.losses.advantages import ADVANTAGES, group_relative
 from srm_jax.models import transformer
 from srm_jax.models.config import TransformerConfig, forward_flops, train_flops
 from srm_jax.schema import ConfigError
-from srm_jax.train import NonFiniteError, resolve, step_flops, train
+from srm_jax.train import NonFiniteError, describe, resolve, step_flops, train
 from srm_jax.train import _compiled_step as compiled_step
-from srm_jax.types import Recipe, SamplingParams
+from srm_jax.types import Batch, Recipe, SamplingParams
 from tests import tiny
 from tests.tiny import one_device, tiny_tasks  # noqa: F401
 
@@ -83,6 +83,12 @@ def test_parameters_moved_and_the_loss_fell(finished):
     assert all(row['grad_norm'] > 1e-3 and row['finite'] == 1 for row in run.metrics)
     assert len({saved_meta(run.workdir, step) for step in sorted(map(int, listed(run.workdir)))}) == 2
   assert finished['sft'].metrics[-1]['loss'] < finished['sft'].metrics[0]['loss']
+
+
+def test_a_batch_is_described_by_what_is_supervised():
+  rows = np.array([[1, 1, 2, 0], [1, 1, 1, 1]])
+  batch = Batch(rows, rows, np.float32([[0, 1, 1, 0], [0, 0, 0, 1]]), rows, rows)
+  assert describe(batch) == '2 x 4 tokens, 3 of 7 that are not padding supervised'
 
 
 def test_metrics_of_a_reinforcement_run(finished):
