@@ -49,7 +49,10 @@ def get_config(arg: str = ''):
       '{teacher}', fresh, base.sampling(samples=s.annotations, max_new_tokens=s.new_tokens, seed=seed + 4), batch_size=s.decode_rows,
   ))
   training('base', base.sft(gold, rows), 'student', seed + 5)
-  sampled = base.rollouts(prompts=s.opd_prompts, samples=1, length=s.row, max_new_tokens=s.new_tokens)
+  # Cool samples: at temperature 1 a weak student derails, and the teacher's corrections on nonsense teach little.
+  sampled = base.rollouts(
+      prompts=s.opd_prompts, samples=1, length=s.row, max_new_tokens=s.new_tokens, temperature=s.opd_temperature,
+  )
   kl = base.distillation(s.divergence)
   arms = dict(
       sft_small=base.sft(gold, rows),
@@ -61,8 +64,7 @@ def get_config(arg: str = ''):
   )
   greedy = dict(greedy=base.strategy())
   for arm, recipe in arms.items():
-    kind = 'on_policy' if arm == 'on_policy' else 'arm'
-    training(arm, recipe, 'student', seed + 6, init_from='{base}', steps='arm', optimizer=kind)
+    training(arm, recipe, 'student', seed + 6, init_from='{base}', steps='arm', optimizer='arm')
     evaluation(f'dev_{arm}', f'{{{arm}}}', 'dev', s.dev, DEV, greedy)
   add('best', 'select', dict(candidates={arm: f'{{dev_{arm}}}' for arm in arms}, row='greedy'))
   training('rl', base.grpo(

@@ -5,16 +5,15 @@ Used by configs/quickstart.py; python -m experiments.quickstart prints what it r
 
 _MUON = dict(name='muon', learning_rate=3e-3, matrix_learning_rate=0.02)
 _ARM = dict(name='muon', learning_rate=2e-3, matrix_learning_rate=0.015)
-_GENTLE = dict(name='muon', learning_rate=1e-3, matrix_learning_rate=0.005)
-_RL = dict(name='adamw', learning_rate=1e-4, schedule='constant', warmup_steps=5, weight_decay=0.0)
+_RL = dict(name='adamw', learning_rate=5e-5, schedule='constant', warmup_steps=5, weight_decay=0.0)
 
 _ARITHMETIC = dict(
     vocab=512, length=160, row=176, context=256, new_tokens=120, rows=12, decode_rows=256,
     teacher=dict(embed_dim=128, num_layers=4, num_heads=4, mlp_dim=384),
     student=dict(embed_dim=64, num_layers=3, num_heads=4, mlp_dim=192),
     divergence='forward_kl', on_policy_divergence='forward_kl', hidden_weight=1.0,
-    optimizer=dict(teacher=_MUON, base=_MUON, arm=_ARM, on_policy=_GENTLE, rl=_RL),
-    annotations=2, annotations_used='', opd_prompts=48, rl_prompts=32, group=8, votes=8,
+    optimizer=dict(teacher=_MUON, base=_MUON, arm=_ARM, rl=_RL),
+    annotations=2, annotations_used='', opd_prompts=48, opd_temperature=0.5, rl_prompts=32, group=8, votes=8,
 )
 _GSM8K = _ARITHMETIC | dict(
     vocab=1024, length=704, row=640, context=704, new_tokens=200, rows=4, decode_rows=128, opd_prompts=32, rl_prompts=8,
@@ -25,7 +24,7 @@ SIZES = {
     'arithmetic_mix': _ARITHMETIC,
     'arithmetic_mix/full': dict(
         teacher_problems=16_000, gold=2000, prompts=3000, rl_problems=4000, dev=400, test=1000, hard=300,
-        steps=dict(teacher=500, base=400, arm=200, rl=30),
+        steps=dict(teacher=500, base=400, arm=300, rl=80),
     ),
     'arithmetic_mix/smoke': dict(
         teacher_problems=2000, gold=200, prompts=64, rl_problems=200, dev=32, test=64, hard=32, votes=4, annotations_used='unfiltered_',

@@ -7,6 +7,7 @@ from typing import Any
 from experiments.quickstart.calibrate import PROMPT_TOKENS, Speed
 
 ANSWER_SHARE = 0.45  # of max_new_tokens that a batch decodes until its last row is done, about
+ROW_SHARE = 0.5  # of a rollout's row length that the longest answer of a step needs, mostly: rows are cut to it
 OVERHEAD = 1.5  # seconds a stage for data, checkpoints and programs from the cache
 TOKENIZER = 4.0  # seconds
 SMALLEST = 0.05
@@ -46,7 +47,7 @@ def _step(recipe, who: str, speed: Speed) -> float:
     tokens, sampled = recipe['batch']['size'] * recipe['batch']['length'], 0.0
   else:
     rows = recipe['rollouts']['prompts'] * recipe['rollouts']['samples']
-    tokens, sampled = rows * recipe['rollouts']['length'], rows * _answer(recipe['rollouts'], who, speed)
+    tokens, sampled = ROW_SHARE * rows * recipe['rollouts']['length'], rows * _answer(recipe['rollouts'], who, speed)
   return tokens * (speed.train[who] + ('teacher' in recipe) * speed.train['teacher'] / 3) + sampled
 
 
