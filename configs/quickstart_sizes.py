@@ -5,7 +5,7 @@ Used by configs/quickstart.py; python -m experiments.quickstart prints what it r
 
 _MUON = dict(name='muon', learning_rate=3e-3, matrix_learning_rate=0.02)
 _ARM = dict(name='muon', learning_rate=2e-3, matrix_learning_rate=0.015)
-_RL = dict(name='adamw', learning_rate=5e-5, schedule='constant', warmup_steps=5, weight_decay=0.0)
+_RL = dict(name='adamw', learning_rate=2e-4, schedule='linear', warmup_steps=5, weight_decay=0.0)
 
 _ARITHMETIC = dict(
     vocab=512, length=160, row=176, context=256, new_tokens=120, rows=12, decode_rows=256,
@@ -24,7 +24,7 @@ SIZES = {
     'arithmetic_mix': _ARITHMETIC,
     'arithmetic_mix/full': dict(
         teacher_problems=16_000, gold=2000, prompts=3000, rl_problems=4000, dev=400, test=1000, hard=300,
-        steps=dict(teacher=500, base=400, arm=300, rl=80),
+        steps=dict(teacher=500, base=400, arm=300, rl=120),
     ),
     'arithmetic_mix/smoke': dict(
         teacher_problems=2000, gold=200, prompts=64, rl_problems=200, dev=32, test=64, hard=32, votes=4, annotations_used='unfiltered_',
