@@ -129,6 +129,12 @@ def collect(stages: Mapping[str, Any]) -> Findings:
   return Findings(rows, _strategies(stages['strategies']), best, distilled, dev, stages['annotate'].outcome)
 
 
+def learns_from_wrong(stages: Mapping[str, Any]) -> bool:
+  """Whether the arms learn from annotations that the verifier refused, too."""
+  config = json.loads((pathlib.Path(stages['sft_annotations'].workdir) / 'config.json').read_text())
+  return config['recipe']['data']['target'].startswith('unfiltered')
+
+
 def results(stage) -> dict[str, dict]:
   """{row: result} of an evaluation stage; see `srm_jax.evaluate.Evaluation`."""
   return json.loads((pathlib.Path(stage.target) / 'results.json').read_text())

@@ -6,7 +6,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from experiments.quickstart import cases, flow, plots, sentences, table
-from experiments.quickstart.findings import STEPS, Findings
+from experiments.quickstart.findings import STEPS, Findings, learns_from_wrong
 from experiments.quickstart.record import Settings
 from experiments.quickstart.reference import Reference, differences
 
@@ -52,6 +52,7 @@ def _head(report: Report) -> str:
   warnings = (
       sentences.SMOKE if settings.size == 'smoke' else '',
       sentences.human_written(findings, report.chance) if settings.task == 'gsm8k' else '',
+      sentences.UNFILTERED if learns_from_wrong(report.stages) else '',
       sentences.shortened(settings),
   )
   return (

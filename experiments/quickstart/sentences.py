@@ -84,6 +84,10 @@ def human_written(findings: Findings, chance: float) -> str:
 
 
 SMOKE = 'A smoke run: it shows that every part works. Its numbers mean nothing.'
+UNFILTERED = (
+    'The teacher is almost never right here, so that hardly an annotation would be left: the arms learn from its wrong '
+    'ones too.'
+)
 SAMPLES = (
     'Majority and best-of-n choose among the same samples, of which "one sample" is the first. Every sampled token '
     'counts; prompts, and what the teacher reads to score, count too.'

@@ -193,6 +193,15 @@ def test_a_reference_of_another_setting_draws_no_band(found, known, change):
   assert outside == [] and next(iter(change)) in text and 'no band' in text
 
 
+@pytest.mark.parametrize(('size', 'wrong'), [('full', False), ('smoke', True)])
+def test_a_line_that_learns_from_wrong_annotations_says_so(tmp_path, size, wrong):
+  settings = synthetic_line.dataclasses.replace(synthetic_line.SETTINGS, size=size)
+  stages = synthetic_line.make(tmp_path, count=50, settings=settings)
+  assert findings.learns_from_wrong(stages) == wrong
+  found = findings.collect(stages)
+  assert (sentences.UNFILTERED in page.render(page.Report(settings, stages, found, [], None, 0.03))) == wrong
+
+
 def _page(line, found, known, **change):
   settings = synthetic_line.dataclasses.replace(synthetic_line.SETTINGS, **change)
   return page.render(page.Report(settings, line[1], found, cases.find(line[1], found), known, 0.03))
@@ -303,7 +312,8 @@ def test_estimate_fits_the_budget_as_tightly_as_it_can():
 def test_what_was_shortened_is_said():
   settings = synthetic_line.dataclasses.replace(synthetic_line.SETTINGS, steps=0.4, calibration={'whole': 1800.0})
   assert sentences.shortened(synthetic_line.SETTINGS) == ''
-  assert '30 minutes' in sentences.shortened(settings) and '40% of its steps, to fit 12' in sentences.shortened(settings)
+  said = sentences.shortened(settings)
+  assert '30 minutes' in said and '40% of its steps, to fit 12' in said
 
 
 def test_estimate_counts_the_teacher_and_the_sampling():

@@ -69,7 +69,7 @@ def _write_training(folder, config, model, seed):
   (folder / 'model.json').write_text(json.dumps(dataclasses.asdict(model)))
   rng, lines, steps = np.random.default_rng(seed), [], config['num_steps']
   loss = config['recipe'].get('loss', {})
-  for step in range(10, steps + 1, 10):
+  for step in range(min(10, steps), steps + 1, 10):
     fall = float(np.exp(-2.5 * step / steps) + 0.03 * rng.random())
     row = {'step': step, 'loss': 2 * fall, 'flops': 1e10 * step, 'seconds_per_step': 0.1}
     if config['recipe']['name'] == 'sft':
