@@ -25,17 +25,18 @@ def parse_arg(arg: str, **defaults):
 def model(*, embed_dim, num_layers, num_heads, mlp_dim, num_kv_heads=None, max_length=256, **options):
   """vocab_size 0 takes the tokenizer's."""
   return ConfigDict(dict(
-      vocab_size=0, num_layers=num_layers, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads or num_heads,
-      head_dim=embed_dim // num_heads, mlp_dim=mlp_dim, max_length=max_length, rope_base=10_000.0, norm_eps=1e-6,
-      tie_embeddings=True, qkv_bias=False, qk_norm=False, param_dtype='float32', dtype='float32', remat='none', unroll=1,
+      vocab_size=0, num_layers=num_layers, embed_dim=embed_dim, num_heads=num_heads,
+      num_kv_heads=num_kv_heads or num_heads, head_dim=embed_dim // num_heads, mlp_dim=mlp_dim, max_length=max_length,
+      rope_base=10_000.0, norm_eps=1e-6, tie_embeddings=True, qkv_bias=False, qk_norm=False,
+      param_dtype='float32', dtype='float32', remat='none', unroll=1,
   ) | options)
 
 
 def optimizer(name='muon', *, learning_rate=3e-3, matrix_learning_rate=0.02, **options):
   """matrix_learning_rate is Muon's, for the block matrices; learning_rate is Adam's, for the rest."""
   return ConfigDict(dict(
-      name=name, learning_rate=learning_rate, matrix_learning_rate=matrix_learning_rate, schedule='linear', warmup_steps=20,
-      weight_decay=0.01, b1=0.9, b2=0.95, clip_norm=1.0,
+      name=name, learning_rate=learning_rate, matrix_learning_rate=matrix_learning_rate, schedule='linear',
+      warmup_steps=20, weight_decay=0.01, b1=0.9, b2=0.95, clip_norm=1.0,
   ) | options)
 
 
@@ -49,11 +50,14 @@ def batch(size=32, length=128, packing='plan'):
 
 def rollouts(*, prompts=32, samples=8, length=192, max_new_tokens=128, temperature=1.0):
   return ConfigDict(dict(
-      prompts=prompts, samples=samples, length=length, max_new_tokens=max_new_tokens, temperature=temperature, top_k=0, top_p=1.0,
+      prompts=prompts, samples=samples, length=length, max_new_tokens=max_new_tokens, temperature=temperature,
+      top_k=0, top_p=1.0,
   ))
 
 
-def distillation(divergence='forward_kl', *, weight=1.0, cross_entropy=0.0, hidden=0.0, feature='cosine', layers='skip', **options):
+def distillation(
+    divergence='forward_kl', *, weight=1.0, cross_entropy=0.0, hidden=0.0, feature='cosine', layers='skip', **options,
+):
   return ConfigDict(dict(
       cross_entropy=cross_entropy, weight=weight, divergence=divergence, options=options, temperature=1.0,
       scale_by_squared_temperature=False, hidden=dict(weight=hidden, feature=feature, layers=layers), head_chunk=None,
@@ -93,7 +97,8 @@ def on_policy_distill(teacher, data, rollouts, loss):
 
 def grpo(data, rollouts, *, kl=0.0, reference='', clip_high=0.2):
   return ConfigDict(dict(
-      name='policy_gradient', data=data, rollouts=rollouts, advantage=dict(name='group_relative', options=dict(ddof=1, eps=1e-6)),
+      name='policy_gradient', data=data, rollouts=rollouts,
+      advantage=dict(name='group_relative', options=dict(ddof=1, eps=1e-6)),
       surrogate=dict(name='clipped', options=dict(clip_low=0.2, clip_high=clip_high)),
       reduction=dict(name='sequence_mean_token_mean', options={}),
       kl=dict(coef=kl, estimator='k3', reference=reference), head_chunk=None,
@@ -108,6 +113,6 @@ def annotate(teacher, data, sampling, *, batch_size=256, chunk=256):
 
 def evaluate(model, data, strategies, *, scorer='', max_new_tokens=128, seed=0, batch_size=256):
   return ConfigDict(dict(
-      model=model, scorer=scorer, score='mean', data=data, strategies=strategies, max_new_tokens=max_new_tokens, seed=seed,
-      batch_size=batch_size, mesh=(), progress=True,
+      model=model, scorer=scorer, score='mean', data=data, strategies=strategies, max_new_tokens=max_new_tokens,
+      seed=seed, batch_size=batch_size, mesh=(), progress=True,
   ))

@@ -32,9 +32,11 @@ def get_config(arg: str = ''):
     order.append(name)
 
   def training(name, recipe, shape, run_seed, **options):
+    model = base.model(**s[shape], max_length=s.context, dtype=a.dtype)
+    optimizer = base.optimizer(**s.optimizer[options.pop('optimizer', name)])
     add(name, 'train', base.train(
-        recipe, tokenizer='{tokenizer}', model=base.model(**s[shape], max_length=s.context, dtype=a.dtype), seed=run_seed,
-        optimizer=base.optimizer(**s.optimizer[options.pop('optimizer', name)]), num_steps=steps[options.pop('steps', name)], **options,
+        recipe, tokenizer='{tokenizer}', model=model, seed=run_seed, optimizer=optimizer,
+        num_steps=steps[options.pop('steps', name)], **options,
     ))
 
   def evaluation(name, model, split, count, offset, strategies, **options):
@@ -43,11 +45,11 @@ def get_config(arg: str = ''):
         batch_size=s.decode_rows, seed=seed + offset, **options,
     ))
 
-  add('tokenizer', 'tokenizer', dict(data=base.data(task, count=s.teacher_problems, seed=seed + 3), vocab_size=s.vocab, split_by_whitespace=False))
-  training('teacher', base.sft(base.data(task, count=s.teacher_problems, seed=seed + 3), rows), 'teacher', seed + 3)
-  add('annotate', 'annotate', base.annotate(
-      '{teacher}', fresh, base.sampling(samples=s.annotations, max_new_tokens=s.new_tokens, seed=seed + 4), batch_size=s.decode_rows,
-  ))
+  known = base.data(task, count=s.teacher_problems, seed=seed + 3)
+  add('tokenizer', 'tokenizer', dict(data=known, vocab_size=s.vocab, split_by_whitespace=False))
+  training('teacher', base.sft(known, rows), 'teacher', seed + 3)
+  several = base.sampling(samples=s.annotations, max_new_tokens=s.new_tokens, seed=seed + 4)
+  add('annotate', 'annotate', base.annotate('{teacher}', fresh, several, batch_size=s.decode_rows))
   training('base', base.sft(gold, rows), 'student', seed + 5)
   # Cool samples: at temperature 1 a weak student derails, and the teacher's corrections on nonsense teach little.
   sampled = base.rollouts(

@@ -27,8 +27,8 @@ SIZES = {
         steps=dict(teacher=500, base=400, arm=300, rl=120),
     ),
     'arithmetic_mix/smoke': dict(
-        teacher_problems=2000, gold=200, prompts=64, rl_problems=200, dev=32, test=64, hard=32, votes=4, annotations_used='unfiltered_',
-        steps=dict(teacher=40, base=10, arm=6, rl=2),
+        teacher_problems=2000, gold=200, prompts=64, rl_problems=200, dev=32, test=64, hard=32, votes=4,
+        annotations_used='unfiltered_', steps=dict(teacher=40, base=10, arm=6, rl=2),
     ),
     'gsm8k': _GSM8K,
     'gsm8k/full': dict(

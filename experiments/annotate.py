@@ -1,6 +1,7 @@
 """A teacher's chains of thought for problems, graded.
 
-python -m experiments.annotate --config=configs/annotate/arithmetic.py --config.teacher=runs/teacher --workdir=runs/annotations
+python -m experiments.annotate --config=configs/annotate/arithmetic.py --config.teacher=runs/teacher \\
+    --workdir=runs/annotations
 """
 
 from experiments import command
@@ -11,7 +12,10 @@ def run(config, workdir):
 
   done = annotate(config, workdir)
   summary = done.summary
-  print(f'{done.path}: {summary["correct"]} of {summary["samples"]} right, {summary["solved"]} of {summary["problems"]} problems solved')
+  print(
+      f'{done.path}: {summary["correct"]} of {summary["samples"]} right, '
+      f'{summary["solved"]} of {summary["problems"]} problems solved'
+  )
 
 
 if __name__ == '__main__':

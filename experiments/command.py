@@ -47,7 +47,9 @@ def _say(error, code: int) -> int:
 
 def launch(action: Callable):
   """action(config, workdir), with --config=FILE.py[:arg], --config.key=value and --workdir=DIR."""
-  config = config_flags.DEFINE_config_file('config', None, 'FILE.py[:arg] with get_config; override with --config.key=value.')
+  config = config_flags.DEFINE_config_file(
+      'config', None, 'FILE.py[:arg] with get_config; override with --config.key=value.',
+  )
   workdir = flags.DEFINE_string('workdir', None, 'Where results go; the same command continues a stopped run.')
   flags.mark_flags_as_required(['config', 'workdir'])
 

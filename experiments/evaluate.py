@@ -16,7 +16,8 @@ def run(config, workdir):
   for name, row in evaluate(config, workdir).results.items():
     low, high = row['interval']
     table.add_row(
-        name, f'{row["accuracy"]:.1%}', f'{low:.1%} - {high:.1%}', str(row['n']), f'{row["tokens_per_answer"]:.1f}', f'{row["flops"]:.2e}'
+        name, f'{row["accuracy"]:.1%}', f'{low:.1%} - {high:.1%}', str(row['n']),
+        f'{row["tokens_per_answer"]:.1f}', f'{row["flops"]:.2e}',
     )
   rich.console.Console().print(table)
 

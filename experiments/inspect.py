@@ -1,7 +1,9 @@
-"""The next batch of a run as one HTML page: tokens, loss mask, segments, positions, and what student and teacher think of them.
+"""The next batch of a run as one HTML page: tokens, loss mask, segments, positions, and what student and teacher think
+of them.
 
 python -m experiments.inspect --config=configs/sft/arithmetic.py:smoke --output=batch.html
-python -m experiments.inspect --config=configs/sft/arithmetic.py --config.tokenizer=DIR --workdir=runs/sft   (writes runs/sft/inspect.html)
+python -m experiments.inspect --config=configs/sft/arithmetic.py --config.tokenizer=DIR --workdir=runs/sft
+    (writes runs/sft/inspect.html)
 
 With --workdir the run's newest checkpoint is looked at, at its step; nothing is trained.
 """
@@ -31,7 +33,9 @@ def write(config, workdir, output, rows: int) -> pathlib.Path:
 
 
 def launch():
-  config = config_flags.DEFINE_config_file('config', None, 'FILE.py[:arg] of a training run; override with --config.key=value.')
+  config = config_flags.DEFINE_config_file(
+      'config', None, 'FILE.py[:arg] of a training run; override with --config.key=value.',
+  )
   workdir = flags.DEFINE_string('workdir', None, 'Of the run to look into; it need not exist.')
   output = flags.DEFINE_string('output', None, 'FILE.html; inspect.html in the workdir if not given.')
   rows = flags.DEFINE_integer('rows', 4, 'How many rows of the batch to show.', lower_bound=1)

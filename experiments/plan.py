@@ -1,8 +1,11 @@
-"""Whether a training run fits a TPU topology, and what bounds its step, without a TPU: compiles the real step with libtpu.
+"""Whether a training run fits a TPU topology, and what bounds its step, without a TPU: compiles the real step with
+libtpu.
 
-python -m experiments.plan --config=configs/sft/qwen2p5_0p5b.py --topology=v5e:4x4 [--dense] [--config.mesh='(1,16,1)' ...]
+python -m experiments.plan --config=configs/sft/qwen2p5_0p5b.py --topology=v5e:4x4 [--dense] \\
+    [--config.mesh='(1,16,1)' ...]
 
---dense also compiles the lm head that forms all logits at once. Needs pip install -e '.[tpu]'; a plain CPU machine is enough.
+--dense also compiles the lm head that forms all logits at once. Needs pip install -e '.[tpu]'; a plain CPU machine is
+enough.
 """
 
 import os
@@ -16,8 +19,8 @@ from experiments import command
 
 # libtpu asks the cloud's metadata server for its hosts, and locks the machine's chips; there are neither here.
 ENVIRONMENT = {
-    'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_ACCELERATOR_TYPE': 'v5litepod-1',
-    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost',
+    'TPU_ACCELERATOR_TYPE': 'v5litepod-1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
 }
 GIB = 2**30
 
@@ -25,7 +28,8 @@ GIB = 2**30
 def show(name: str, found, console):
   """Prints one plan."""
   memory, chip = found.memory, found.chip
-  table = rich.table.Table('', 'per chip', title=f'{name}: {found.chips} chips, {found.tokens} tokens a step', title_justify='left')
+  title = f'{name}: {found.chips} chips, {found.tokens} tokens a step'
+  table = rich.table.Table('', 'per chip', title=title, title_justify='left')
   for part in ('arguments', 'temporaries', 'outputs', 'total'):
     table.add_row(f'HBM: {part}', f'{getattr(memory, part) / GIB:.2f} GiB')
   table.add_row('HBM: usable', f'{chip.hbm / GIB:.2f} GiB ({"fits" if memory.fits else "DOES NOT FIT"})')
@@ -38,7 +42,11 @@ def show(name: str, found, console):
       table.add_row(f'roofline: {part}', f'{1e3 * getattr(found.roofline, part):.1f} ms')
     seconds = found.roofline.seconds
     utilisation = found.useful_flops / found.chips / chip.flops / seconds
-    table.add_row('roofline: step', f'>= {1e3 * seconds:.1f} ms, {found.tokens / seconds:.0f} tokens/s, model FLOPs utilisation <= {utilisation:.0%}')
+    table.add_row(
+        'roofline: step',
+        f'>= {1e3 * seconds:.1f} ms, {found.tokens / seconds:.0f} tokens/s, '
+        f'model FLOPs utilisation <= {utilisation:.0%}',
+    )
   console.print(table)
 
 
@@ -52,7 +60,9 @@ def run(config, topology: str, dense: bool):
 
 
 def launch():
-  config = config_flags.DEFINE_config_file('config', None, 'FILE.py[:arg] of a training run; override with --config.key=value.')
+  config = config_flags.DEFINE_config_file(
+      'config', None, 'FILE.py[:arg] of a training run; override with --config.key=value.',
+  )
   topology = flags.DEFINE_string('topology', None, 'Of the TPU slice, such as v5e:4x4, v5p:2x2x2 or v6e:4x4.')
   dense = flags.DEFINE_bool('dense', False, 'Compare the chunked lm head with the dense one.')
   flags.mark_flags_as_required(['config', 'topology'])

@@ -40,7 +40,8 @@ def run(folders, metrics, csv, compare):
   from srm_jax import report
 
   console = rich.console.Console()
-  sweeps = [path for folder in folders for path in [pathlib.Path(folder) / 'results.json'] if (path.parent / 'cells').is_dir() and path.exists()]
+  results = [pathlib.Path(folder) / 'results.json' for folder in folders]
+  sweeps = [path for path in results if (path.parent / 'cells').is_dir() and path.exists()]
   for path in sweeps:
     show_sweep(json.loads(path.read_text())['cells'], compare, str(path.parent), console)
   frame = report.load(folders)

@@ -1,12 +1,13 @@
 """The product of settings and seeds over a config, ending in a table with paired tests.
 
-python -m experiments.sweep --config=configs/quickstart.py:size=smoke --set stages.rl.config.optimizer.learning_rate=1e-4,3e-4 \\
-    --set arg.steps=0.5,1.0 --seeds=5 --compare=test_rl.greedy:test_logits.greedy --workdir=runs/sweep
+python -m experiments.sweep --config=configs/quickstart.py:size=smoke \\
+    --set stages.rl.config.optimizer.learning_rate=1e-4,3e-4 --set arg.steps=0.5,1.0 --seeds=5 \\
+    --compare=test_rl.greedy:test_logits.greedy --workdir=runs/sweep
 
---set KEY=VALUE,... addresses the config; arg.NAME=VALUE,... the argument of its get_config. The seed of a line of stages is the
-argument `seed`; that of a plain train, evaluate or annotate config, which runs as a line of one stage, is its own field.
-Cells share the stages that they have in common. The same command continues a stopped sweep; a finished cell is not run again, a
-failing one is reported, and the others go on.
+--set KEY=VALUE,... addresses the config; arg.NAME=VALUE,... the argument of its get_config. The seed of a line of
+stages is the argument `seed`; that of a plain train, evaluate or annotate config, which runs as a line of one stage, is
+its own field. Cells share the stages that they have in common. The same command continues a stopped sweep; a finished
+cell is not run again, a failing one is reported, and the others go on.
 """
 
 import importlib.util
@@ -107,11 +108,13 @@ def finish(cells, failed, pairs, config: str, workdir):
   for title, table in tables.items():
     show(table, title, rich.console.Console())
   results = {
-      'config': config, 'cells': cells, 'failed': failed, 'summary': report.records(summaries), 'tests': report.records(tests),
+      'config': config, 'cells': cells, 'failed': failed, 'summary': report.records(summaries),
+      'tests': report.records(tests),
   }
   folder = pathlib.Path(workdir)
   (folder / 'results.json').write_text(json.dumps(results))
-  (folder / 'table.md').write_text('\n'.join(f'### {title}\n\n{report.markdown(table)}' for title, table in tables.items() if table[1]))
+  sections = (f'### {title}\n\n{report.markdown(table)}' for title, table in tables.items() if table[1])
+  (folder / 'table.md').write_text('\n'.join(sections))
 
 
 def sweep(config: str, settings_texts, seeds_text: str, compare, workdir) -> int:
@@ -132,7 +135,10 @@ def sweep(config: str, settings_texts, seeds_text: str, compare, workdir) -> int
     name = f'{report.label(setting)}, seed {seed}'
     console.print(f'cell {number} of {total}: {name}', highlight=False)
     try:
-      cells.append(run_cell(config, setting, seed, workdir, lambda stage: console.print(f'  {stage.name}: {stage.seconds:.0f} s', highlight=False)))
+      cells.append(run_cell(
+          config, setting, seed, workdir,
+          lambda stage: console.print(f'  {stage.name}: {stage.seconds:.0f} s', highlight=False),
+      ))
     except Exception as error:  # whatever broke this cell, the others may still run
       failed.append({'settings': setting, 'seed': seed, 'error': f'{type(error).__name__}: {error}'})
       print(f'cell {name} failed: {failed[-1]["error"]}', file=sys.stderr)

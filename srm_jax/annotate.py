@@ -88,7 +88,8 @@ def _record(graded: Graded, sampling: SamplingParams, source, config_hash) -> re
   return records.Annotation(
       problem=graded.problem, prompt=completion.prompt.text, completion=completion.text,
       num_tokens=len(completion.tokens), correct=None if graded.reward is None else graded.reward == 1.0,
-      finished=completion.finished, teacher=source, sampling=sampling, sample=completion.sample, config_hash=config_hash,
+      finished=completion.finished, teacher=source, sampling=sampling, sample=completion.sample,
+      config_hash=config_hash,
   )
 
 
@@ -97,6 +98,6 @@ def _summary(annotations: Sequence[records.Annotation], teacher) -> dict[str, An
   tokens = sum(a.num_tokens for a in annotations)
   return {
       'problems': len({a.problem.id for a in annotations}), 'samples': len(annotations), 'correct': len(right),
-      'distinct_correct': len({(a.problem.id, a.completion) for a in right}), 'solved': len({a.problem.id for a in right}),
-      'sampled_tokens': tokens, 'flops': forward_flops(teacher, tokens),
+      'distinct_correct': len({(a.problem.id, a.completion) for a in right}),
+      'solved': len({a.problem.id for a in right}), 'sampled_tokens': tokens, 'flops': forward_flops(teacher, tokens),
   }

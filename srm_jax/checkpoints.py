@@ -99,7 +99,9 @@ class Checkpoints(NamedTuple):
         folder.rename(folder.with_name(f'damaged-{step}-{time.time_ns()}'))
         self.manager.reload()
     if steps:
-      raise ValueError(f'none of the checkpoints {steps} in {self.manager.directory} can be read; remove the folder to start anew')
+      raise ValueError(
+          f'none of the checkpoints {steps} in {self.manager.directory} can be read; remove the folder to start anew'
+      )
     return None
 
   def _restore(self, step, like):
@@ -124,7 +126,9 @@ class Checkpoints(NamedTuple):
     mesh = sharding.make_mesh((1, 1, 1), devices=jax.local_devices()[:1]) if mesh.empty else mesh
     found = dict(self.manager.item_metadata(step)['params'])
     saved = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), found)
-    names = {key: names.get(key, jax.tree.map(lambda _: jax.sharding.PartitionSpec(), tree)) for key, tree in saved.items()}
+    names = {
+        key: names.get(key, jax.tree.map(lambda _: jax.sharding.PartitionSpec(), tree)) for key, tree in saved.items()
+    }
     like = jax.tree.map(
         lambda x, place: x.update(sharding=place), saved, sharding.shardings(names, saved, mesh)
     )
@@ -147,7 +151,10 @@ def open_checkpoints(workdir, *, keep: int = 2) -> Checkpoints:
   """The checkpoints below a workdir, of which the newest `keep` stay."""
   folder = pathlib.Path(workdir).absolute() / 'checkpoints'
   options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-  handlers = {'params': ocp.StandardCheckpointHandler(), 'rest': ocp.StandardCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()}
+  handlers = {
+      'params': ocp.StandardCheckpointHandler(), 'rest': ocp.StandardCheckpointHandler(),
+      'meta': ocp.JsonCheckpointHandler(),
+  }
   return Checkpoints(ocp.CheckpointManager(folder, options=options, item_handlers=handlers))
 
 
@@ -227,7 +234,8 @@ def load_model(folder, *, dtype: str | None = None) -> Model:
     saved = checkpoints.restore_params(steps[0], {'model': transformer.param_names(config)})
   except Exception as error:  # as in restore_latest
     raise ConfigError(
-        f'checkpoint {steps[0]} of {folder} is damaged ({str(error)[:200]}); run its training again, it falls back by itself'
+        f'checkpoint {steps[0]} of {folder} is damaged ({str(error)[:200]}); '
+        'run its training again, it falls back by itself'
     ) from error
   finally:
     checkpoints.close()

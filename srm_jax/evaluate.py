@@ -36,8 +36,9 @@ class StrategyConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-  """model, scorer: workdirs of trained models; scorer '' where no strategy scores. strategies: {row name: StrategyConfig}.
+  """model, scorer: workdirs of trained models; scorer '' where no strategy scores.
 
+  strategies: {row name: StrategyConfig}.
   score: how a completion's token log-probabilities under the scorer become one number (mean, min, sum).
   """
 
@@ -87,7 +88,9 @@ def open_config(plain: Mapping[str, Any], where: str) -> tuple[EvaluateConfig, d
     ConfigError: a key or name is unknown, a value has the wrong type, or a row lacks what it needs.
   """
   config = schema.parse(EvaluateConfig, plain, where)
-  rows = {name: schema.parse(StrategyConfig, row, f'{where}.strategies.{name}') for name, row in config.strategies.items()}
+  rows = {
+      name: schema.parse(StrategyConfig, row, f'{where}.strategies.{name}') for name, row in config.strategies.items()
+  }
   if not rows:
     raise schema.ConfigError(f'{where}.strategies is empty; name at least one of {sorted(strategies.STRATEGIES)}')
   schema.choose('score', config.score, REDUCTIONS)
@@ -119,7 +122,8 @@ def _run(config: EvaluateConfig, rows: Mapping[str, StrategyConfig], workdir) ->
   problems = load_problems(config.data)
   if not problems:
     raise schema.ConfigError(f'no problem to evaluate on in {config.data}')
-  bar = metrics.progress('evaluate', len(problems) * sum(row.samples for row in rows.values()), disable=not config.progress)
+  total = len(problems) * sum(row.samples for row in rows.values())
+  bar = metrics.progress('evaluate', total, disable=not config.progress)
   generate = make_generate(model.config, model.params, model.tokenizer, batch_size=config.batch_size)
   bench = _Bench(task, problems, generate, None if scorer is None else _score_function(config, scorer))
   pools: dict[float, Generate] = {}
@@ -187,7 +191,8 @@ def summarize(graded: Sequence[Graded], model, scorer) -> dict[str, Any]:
   return {
       'accuracy': float(np.mean(correct)), 'interval': statistics.wilson_interval(sum(correct), len(correct)),
       'n': len(correct), 'correct': [int(right) for right in correct], 'by_steps': by_steps,
-      'tokens_per_answer': spent[1] / len(correct), 'finished': float(np.mean([one.completion.finished for one in graded])),
+      'tokens_per_answer': spent[1] / len(correct),
+      'finished': float(np.mean([one.completion.finished for one in graded])),
       'unscorable': sum(one.reward is None for one in graded),
       'spent': dict(zip(('prefilled', 'sampled', 'scored'), spent)), 'flops': flops,
   }
@@ -195,7 +200,10 @@ def summarize(graded: Sequence[Graded], model, scorer) -> dict[str, Any]:
 
 def _write_completions(path, name, graded: Sequence[Graded]):
   lines = (
-      {'row': name, 'id': one.problem.id, 'prompt': one.completion.prompt.text, 'text': one.completion.text, 'reward': one.reward}
+      {
+          'row': name, 'id': one.problem.id, 'prompt': one.completion.prompt.text, 'text': one.completion.text,
+          'reward': one.reward,
+      }
       for one in graded
   )
   path.write_text(''.join(json.dumps(line) + '\n' for line in lines))

@@ -11,8 +11,8 @@ from typing import NamedTuple
 from jax.extend.core import jaxprs_in_params
 
 _BYTES = {
-    'pred': 1, 's8': 1, 'u8': 1, 'f8e4m3fn': 1, 'f8e5m2': 1, 's16': 2, 'u16': 2, 'f16': 2, 'bf16': 2, 's32': 4, 'u32': 4,
-    'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8,
+    'pred': 1, 's8': 1, 'u8': 1, 'f8e4m3fn': 1, 'f8e5m2': 1, 's16': 2, 'u16': 2, 'f16': 2, 'bf16': 2,
+    's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8,
 }
 _SHAPE = re.compile(r'\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?')
 _HEADER = re.compile(r'^(ENTRY )?%?([\w.-]+) \(.*\{$')
@@ -21,13 +21,15 @@ _CALLED = re.compile(r'\b(calls|body|condition|to_apply|branch_computations)=(\{
 _KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute', 'ragged-all-to-all')
 # Names for values, not work: they move nothing by themselves.
 _FREE = {
-    'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'call', 'conditional', 'iota', 'after-all',
-    'partition-id', 'replica-id', 'copy-done', 'opt-barrier', 'async-done', 'async-update',
+    'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'call', 'conditional', 'iota',
+    'after-all', 'partition-id', 'replica-id', 'copy-done', 'opt-barrier', 'async-done', 'async-update',
 }
 
 
 class Instruction(NamedTuple):
-  """One line: name, result type as text, opcode, what stands in its parentheses, the attributes behind, and what it calls."""
+  """One line: name, result type as text, opcode, what stands in its parentheses, the attributes behind, and what it
+  calls.
+  """
 
   name: str
   type: str
@@ -53,7 +55,9 @@ class Program(NamedTuple):
 
 
 class Traffic(NamedTuple):
-  """Collectives of one kind in one step: how many, bytes of their whole arrays, and bytes that each chip sends over rings."""
+  """Collectives of one kind in one step: how many, bytes of their whole arrays, and bytes that each chip sends over
+  rings.
+  """
 
   count: int
   bytes: float
@@ -114,7 +118,9 @@ def _sizes(kind: str, *, memory: str = '') -> list[int]:
 
 
 def trip_count(program: Program, loop: Instruction) -> int:
-  """Iterations of a while loop: as annotated, or from a condition `i < constant` (a scan counts from 0); 1 if unknown."""
+  """Iterations of a while loop: as annotated, or from a condition `i < constant` (a scan counts from 0); 1 if
+  unknown.
+  """
   known = re.search(r'known_trip_count\W+n\W+(\d+)', loop.attributes)
   if known:
     return int(known[1])
@@ -141,7 +147,10 @@ def _fused(program: Program, one: Instruction) -> Computation:
 
 
 def collectives(program: Program) -> dict[str, Traffic]:
-  """{kind: Traffic} of one step. An asynchronous collective stands in several fusions of one loop under one channel: it counts once."""
+  """{kind: Traffic} of one step.
+
+  An asynchronous collective stands in several fusions of one loop under one channel: it counts once.
+  """
   found: dict[str, Traffic] = {}
   for computation, times in executed(program):
     seen = set()
@@ -221,7 +230,9 @@ def _moved(program, computation, one: Instruction) -> float:
 
 
 def _read(inner: Computation, parameter: Instruction | None) -> float:
-  """Bytes of a fusion's parameter that are read: its slices where only slices are taken, none where it is updated in place."""
+  """Bytes of a fusion's parameter that are read: its slices where only slices are taken, none where it is updated in
+  place.
+  """
   if parameter is None:
     return math.inf
   users = [one for one in inner.values() if parameter.name in one.operands]

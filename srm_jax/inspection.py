@@ -1,4 +1,6 @@
-"""One self-contained HTML page of what a run is about to learn from: the next batch, token by token, without training."""
+"""One self-contained HTML page of what a run is about to learn from: the next batch, token by token, without
+training.
+"""
 
 import html
 import json
@@ -28,7 +30,9 @@ CHUNK = 256  # positions whose logits are held at once
 
 
 class Scores(NamedTuple):
-  """What a model thinks of every target, at temperature 1: loss [B, T]; ids and probabilities of the top, [B, T, TOP]."""
+  """What a model thinks of every target, at temperature 1: loss [B, T]; ids and probabilities of the top,
+  [B, T, TOP].
+  """
 
   loss: np.ndarray
   top_ids: np.ndarray
@@ -38,8 +42,8 @@ class Scores(NamedTuple):
 class Inspection(NamedTuple):
   """The next batch on the host, cut to the rows shown, and what models think of it.
 
-  origin: where the student's parameters come from. supervised, fill: of the whole batch. scores: {'student': ..., and every
-  frozen model}. sequences: Rollouts or Batch, `rows` of `total_rows`.
+  origin: where the student's parameters come from. supervised, fill: of the whole batch. scores: {'student': ..., and
+  every frozen model}. sequences: Rollouts or Batch, `rows` of `total_rows`.
   """
 
   origin: str
@@ -93,13 +97,15 @@ def _score(recipe: Recipe, model, params, tokenizer, batch, step, origin, rows) 
   models = {'student': (model, params), **recipe.frozen}
   scores = {name: score(config, weights, getattr(shown, 'batch', shown)) for name, (config, weights) in models.items()}
   return Inspection(
-      origin, step, recipe.objective.resolved, int(np.count_nonzero(whole.loss_mask)), float(np.mean(np.asarray(whole.segment_ids) > 0)),
-      total, shown, scores, tokenizer,
+      origin, step, recipe.objective.resolved, int(np.count_nonzero(whole.loss_mask)),
+      float(np.mean(np.asarray(whole.segment_ids) > 0)), total, shown, scores, tokenizer,
   )
 
 
 def score(config: TransformerConfig, params: Params, batch: Batch) -> Scores:
-  """Loss and most probable tokens at every position of a batch [B, T]; the logits are formed CHUNK positions at a time."""
+  """Loss and most probable tokens at every position of a batch [B, T]; the logits are formed CHUNK positions at a
+  time.
+  """
   size = batch.inputs.size
   padding = -size % CHUNK
   hidden = jax.jit(lambda params, batch: forward(config, params, batch).hidden)(params, batch)
@@ -143,7 +149,10 @@ def _row_tokens(seen: Inspection, batch: Batch, row: int) -> list[dict[str, Any]
   ids = batch.inputs[row, :used]
   tokens = []
   for place, text in enumerate(token_texts(seen.tokenizer, ids)):
-    token = {'id': int(ids[place]), 'text': text, 'position': int(batch.positions[row, place]), 'segment': int(batch.segment_ids[row, place])}
+    token = {
+        'id': int(ids[place]), 'text': text, 'position': int(batch.positions[row, place]),
+        'segment': int(batch.segment_ids[row, place]),
+    }
     token['supervised'] = bool(token['position'] and batch.loss_mask[row, place - 1])
     if token['position']:
       token |= {'loss': {}, 'top': {}}
@@ -158,7 +167,10 @@ def _row_tokens(seen: Inspection, batch: Batch, row: int) -> list[dict[str, Any]
 
 def _top(tokenizer: Tokenizer, scores: Scores, row: int, place: int) -> list[tuple[str, float]]:
   pairs = zip(scores.top_ids[row, place], scores.top_probs[row, place])
-  return [(_readable(tokenizer, int(token), tokenizer.decode([int(token)])), round(float(prob), 5)) for token, prob in pairs]
+  return [
+      (_readable(tokenizer, int(token), tokenizer.decode([int(token)])), round(float(prob), 5))
+      for token, prob in pairs
+  ]
 
 
 def render(seen: Inspection, title: str) -> str:
@@ -166,25 +178,32 @@ def render(seen: Inspection, title: str) -> str:
   batch: Batch = getattr(seen.sequences, 'batch', seen.sequences)
   rows = [_row_tokens(seen, batch, row) for row in range(len(batch.inputs))]
   facts = {
-      'student': seen.origin, 'step': seen.step, **seen.resolved, 'supervised tokens': f'{seen.supervised} of the batch',
+      'student': seen.origin, 'step': seen.step, **seen.resolved,
+      'supervised tokens': f'{seen.supervised} of the batch',
       'fill rate': f'{seen.fill:.1%} of {seen.total_rows} rows x {batch.inputs.shape[1]} positions',
       'rows shown': f'{len(rows)} of {seen.total_rows}', **_mean_losses(rows, seen.scores),
   }
-  table = ''.join(f'<tr><th>{html.escape(str(key))}</th><td>{html.escape(str(value))}</td></tr>' for key, value in facts.items())
+  table = ''.join(
+      f'<tr><th>{html.escape(str(key))}</th><td>{html.escape(str(value))}</td></tr>' for key, value in facts.items()
+  )
   shown = ''.join(_row(seen.sequences, number, tokens) for number, tokens in enumerate(rows))
   data = json.dumps(rows, ensure_ascii=False).replace('<', '\\u003c').replace('>', '\\u003e').replace('&', '\\u0026')
   parts = {'TITLE': html.escape(title), 'FACTS': table, 'ROWS': shown, 'DATA': data}
-  return re.sub('%(TITLE|FACTS|ROWS|DATA)%', lambda found: parts[found[1]], _PAGE)  # one pass: a token may look like a slot
+  # One pass: a token may look like a slot.
+  return re.sub('%(TITLE|FACTS|ROWS|DATA)%', lambda found: parts[found[1]], _PAGE)
 
 
 def _mean_losses(rows, names) -> dict[str, str]:
   losses = {name: [token['loss'][name] for row in rows for token in row if token['supervised']] for name in names}
-  return {f'{name} loss': f'{np.mean(values):.4f} per supervised token shown' for name, values in losses.items() if values}
+  return {
+      f'{name} loss': f'{np.mean(values):.4f} per supervised token shown' for name, values in losses.items() if values
+  }
 
 
 def _row(sequences, number: int, tokens) -> str:
   supervised = sum(token['supervised'] for token in tokens)
-  head = f'row {number}: {len(tokens)} tokens, {supervised} supervised, {max((t["segment"] for t in tokens), default=0)} segments'
+  segments = max((token['segment'] for token in tokens), default=0)
+  head = f'row {number}: {len(tokens)} tokens, {supervised} supervised, {segments} segments'
   if isinstance(sequences, Rollouts):
     head += _rollout_facts(sequences, number)
   longest = max((token['position'] for token in tokens), default=0) or 1
@@ -218,7 +237,8 @@ def _span(place: int, token: Mapping[str, Any], longest: int) -> str:
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>%TITLE%</title><style>
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 78em; padding: 0 1em 16em; color: #1b1f24; background: #fff }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 78em; padding: 0 1em 16em; \
+color: #1b1f24; background: #fff }
 h1 { font-size: 1.3em } h2 { font-size: .95em; font-weight: 600; margin: 1.4em 0 .2em }
 th { text-align: left; padding-right: 1.5em; font-weight: 600; vertical-align: top } label { margin-right: 1.2em }
 .row { font-family: ui-monospace, monospace; white-space: pre-wrap; margin: 0; overflow-wrap: anywhere }
@@ -229,14 +249,17 @@ th { text-align: left; padding-right: 1.5em; font-weight: 600; vertical-align: t
 #segment:checked ~ main .s4 { background: #ffc6ff } #segment:checked ~ main .s5 { background: #fdffb6 }
 #position:checked ~ main .t { background: hsl(calc(260 - 220 * var(--p)) 80% 82%) }
 #loss:checked ~ main .t { background: rgb(230 57 70 / calc(.9 * var(--l))) }
-#panel { position: fixed; bottom: 0; left: 0; right: 0; background: #f4f6f8; border-top: 1px solid #c8d0d8; padding: .6em 2em; min-height: 11em }
-#panel div { display: inline-block; vertical-align: top; margin-right: 3em } #panel td { padding-right: 1em; font-family: ui-monospace, monospace }
+#panel { position: fixed; bottom: 0; left: 0; right: 0; background: #f4f6f8; border-top: 1px solid #c8d0d8; \
+padding: .6em 2em; min-height: 11em }
+#panel div { display: inline-block; vertical-align: top; margin-right: 3em } \
+#panel td { padding-right: 1em; font-family: ui-monospace, monospace }
 </style></head><body><h1>%TITLE%</h1><table>%FACTS%</table><p>Colour by</p>
 <input type="radio" name="by" id="mask" checked><label for="mask">loss mask</label>
 <input type="radio" name="by" id="segment"><label for="segment">segment</label>
 <input type="radio" name="by" id="position"><label for="position">position</label>
 <input type="radio" name="by" id="loss"><label for="loss">student's loss</label>
-<main>%ROWS%</main><div id="panel">Point at a token: the model's most probable tokens in its place, at temperature 1, are shown here.</div>
+<main>%ROWS%</main><div id="panel">\
+Point at a token: the model's most probable tokens in its place, at temperature 1, are shown here.</div>
 <script type="application/json" id="data">%DATA%</script><script>
 const rows = JSON.parse(document.getElementById('data').textContent), panel = document.getElementById('panel');
 const cell = (line, text) => { line.insertCell().textContent = text; };
@@ -247,12 +270,14 @@ document.querySelector('main').addEventListener('mouseover', event => {
   panel.replaceChildren();
   const facts = panel.appendChild(document.createElement('div')).appendChild(document.createElement('table'));
   for (const key of ['text', 'id', 'position', 'segment', 'supervised', 'sampler']) if (key in token) {
-    const line = facts.insertRow(); cell(line, key === 'sampler' ? 'sampler log-prob' : key); cell(line, JSON.stringify(token[key]));
+    const line = facts.insertRow(); cell(line, key === 'sampler' ? 'sampler log-prob' : key); \
+cell(line, JSON.stringify(token[key]));
   }
   for (const name in token.top || {}) {
     const table = panel.appendChild(document.createElement('div')).appendChild(document.createElement('table'));
     table.createCaption().textContent = name + ', loss ' + token.loss[name];
-    for (const [text, prob] of token.top[name]) { const line = table.insertRow(); cell(line, JSON.stringify(text)); cell(line, (100 * prob).toFixed(2) + ' %'); }
+    for (const [text, prob] of token.top[name]) { \
+const line = table.insertRow(); cell(line, JSON.stringify(text)); cell(line, (100 * prob).toFixed(2) + ' %'); }
   }
 });
 </script></body></html>

@@ -36,7 +36,10 @@ def merge(collected: list[dict[str, Mean | Max]]) -> dict[str, Mean | Max]:
 
 
 def read(workdir) -> list[dict]:
-  """The rows of a run's metrics.jsonl, in order; none if there is no such file. A line that a kill cut short is left out."""
+  """The rows of a run's metrics.jsonl, in order; none if there is no such file.
+
+  A line that a kill cut short is left out.
+  """
   path = pathlib.Path(workdir) / 'metrics.jsonl'
   lines = path.read_text().splitlines(keepends=True) if path.exists() else []
   return [json.loads(line) for line in lines if line.endswith('\n')]

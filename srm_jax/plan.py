@@ -1,7 +1,7 @@
 """Compiles a run's train step for a TPU topology on a machine without TPUs: memory, collectives and a roofline.
 
-Nothing is computed and no data is read: parameters, optimizer state and batch are shapes with shardings. The step is the
-one that `train` jits, compiled by libtpu for the topology's devices.
+Nothing is computed and no data is read: parameters, optimizer state and batch are shapes with shardings. The step is
+the one that `train` jits, compiled by libtpu for the topology's devices.
 """
 
 import dataclasses
@@ -86,7 +86,9 @@ class Plan(NamedTuple):
 
 
 class _Abstract(NamedTuple):
-  """A recipe without its data: objective, {name: TransformerConfig} of frozen models, a batch of shapes, extra parameters."""
+  """A recipe without its data: objective, {name: TransformerConfig} of frozen models, a batch of shapes, extra
+  parameters.
+  """
 
   objective: Objective
   frozen: Mapping[str, TransformerConfig]
@@ -107,7 +109,9 @@ def topology_devices(name: str):
   try:
     return topologies.get_topology_desc(platform='tpu', topology_name=name).devices
   except jax.errors.JaxRuntimeError as error:
-    raise schema.ConfigError(f'topology {name!r} could not be described, expected a name like v5e:4x4: {error}') from error
+    raise schema.ConfigError(
+        f'topology {name!r} could not be described, expected a name like v5e:4x4: {error}'
+    ) from error
 
 
 def plan(config: ml_collections.ConfigDict, devices) -> Plan:
@@ -180,7 +184,9 @@ def _step(config: TrainConfig, model, recipe: _Abstract, mesh):
   tx = optimizers.make_optimizer(config.optimizer, config.num_steps, names)
   placed = sharding.shardings(names, params, mesh)
   state = jax.eval_shape(lambda params: init_state(params, tx, ema=config.ema_decay > 0), params)
-  rest = {name: sharding.like_params(getattr(state, name), params, placed, mesh) for name in ('step', 'opt_state', 'ema')}
+  rest = {
+      name: sharding.like_params(getattr(state, name), params, placed, mesh) for name in ('step', 'opt_state', 'ema')
+  }
   state = _placed(state, TrainState(params=placed, **rest))
   frozen = {name: _frozen(frozen_model, model.dtype, mesh) for name, frozen_model in recipe.frozen.items()}
   key = _placed(jax.eval_shape(jax.random.key, 0), sharding.replicated(mesh))
@@ -241,15 +247,17 @@ def _rollouts(config: on_policy.RolloutConfig, *, advantages: bool) -> Rollouts:
 
 def _sft(section, model) -> _Abstract:
   config = schema.parse(sft.SFTConfig, section, 'config.recipe')
-  return _Abstract(sft.objective(model, head_chunk=config.head_chunk), {}, _batch(config.batch.size, config.batch.length))
+  return _Abstract(
+      sft.objective(model, head_chunk=config.head_chunk), {}, _batch(config.batch.size, config.batch.length),
+  )
 
 
 def _distill(section, model) -> _Abstract:
   config = schema.parse(distill.DistillConfig, section, 'config.recipe')
   teacher = checkpoints.model_config(config.teacher)
   return _Abstract(
-      distill.objective(config.loss, model, teacher), {'teacher': teacher}, _batch(config.batch.size, config.batch.length),
-      distill.projectors(config.loss, model, teacher),
+      distill.objective(config.loss, model, teacher), {'teacher': teacher},
+      _batch(config.batch.size, config.batch.length), distill.projectors(config.loss, model, teacher),
   )
 
 
@@ -266,7 +274,8 @@ def _policy_gradient(section, model) -> _Abstract:
   config = schema.parse(policy_gradient.PolicyGradientConfig, section, 'config.recipe')
   frozen = {'reference': checkpoints.model_config(config.kl.reference)} if config.kl.coef else {}
   return _Abstract(
-      policy_gradient.objective(config, model, frozen.get('reference')), frozen, _rollouts(config.rollouts, advantages=True)
+      policy_gradient.objective(config, model, frozen.get('reference')), frozen,
+      _rollouts(config.rollouts, advantages=True),
   )
 
 

@@ -1,8 +1,8 @@
 """Runs and sweeps as tables: metrics of runs as a DataFrame, grids of settings, comparisons over seeds.
 
-A cell is one run of a line at one setting and seed: {'settings': {key: value}, 'seed': n, 'rows': {row: {'accuracy', 'n',
-'correct', 'problems'}}, 'metrics': {stage: {name: value}}}. 'correct' is a string with 0 or 1 a problem, 'problems' a hash of
-their ids in order: only rows over the same problems are compared.
+A cell is one run of a line at one setting and seed: {'settings': {key: value}, 'seed': n, 'rows': {row: {'accuracy',
+'n', 'correct', 'problems'}}, 'metrics': {stage: {name: value}}}. 'correct' is a string with 0 or 1 a problem,
+'problems' a hash of their ids in order: only rows over the same problems are compared.
 """
 
 import ast
@@ -57,7 +57,8 @@ def flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
   flat = {}
   for key, value in tree.items():
     name = f'{prefix}.{key}'
-    flat |= flatten(value, name) if isinstance(value, Mapping) else {name: tuple(value) if isinstance(value, list) else value}
+    leaf = tuple(value) if isinstance(value, list) else value
+    flat |= flatten(value, name) if isinstance(value, Mapping) else {name: leaf}
   return flat
 
 
@@ -126,18 +127,24 @@ def as_pipeline(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   for section, run in _PLAIN.items():
     if section in config:
       return ml_collections.ConfigDict({'order': (run,), 'stages': {run: {'run': run, 'config': config}}})
-  raise schema.ConfigError(f'a config to sweep has stages, or one of the sections {sorted(_PLAIN)}; this one has {sorted(config)}')
+  raise schema.ConfigError(
+      f'a config to sweep has stages, or one of the sections {sorted(_PLAIN)}; this one has {sorted(config)}'
+  )
 
 
 def outcomes(done: Mapping[str, Stage]) -> tuple[dict, dict]:
-  """(rows, metrics) of a cell from its finished stages; a row is named stage.row, or row where one stage evaluates alone."""
+  """(rows, metrics) of a cell from its finished stages; a row is named stage.row, or row where one stage evaluates
+  alone.
+  """
   rows, found = {}, {}
   for name, stage in done.items():
     if stage.run == 'evaluate':
       for row, result in json.loads((stage.workdir / 'results.json').read_text()).items():
         problems = content_hash(list(evaluate.read_completions(stage.workdir, row)))
         full = row if len(done) == 1 else f'{name}.{row}'
-        rows[full] = {'accuracy': result['accuracy'], 'n': result['n'], 'correct': pack(result['correct']), 'problems': problems}
+        rows[full] = {
+            'accuracy': result['accuracy'], 'n': result['n'], 'correct': pack(result['correct']), 'problems': problems,
+        }
     else:
       found[name] = {key: value for key, value in stage.outcome.items() if isinstance(value, (int, float))}
   return rows, found
@@ -188,7 +195,9 @@ def label(settings: Mapping[str, str]) -> str:
 
 
 class Summary(NamedTuple):
-  """One row of one setting over its seeds: mean accuracy, standard deviation over seeds (nan for one), problems in all."""
+  """One row of one setting over its seeds: mean accuracy, standard deviation over seeds (nan for one), problems in
+  all.
+  """
 
   setting: str
   row: str
@@ -250,7 +259,9 @@ def _compare(a_cells, b_cells, a_row, b_row, names) -> Comparison | None:
   a, b = (np.stack([unpack(one['correct']) for one in side]) for side in zip(*pairs))
   test = statistics.pooled_paired_test(a, b)
   above = sum(difference > 0 for difference in test.by_seed)
-  return Comparison(*names, len(pairs), test.difference, test.low, test.high, test.p, above, test.seed_low, test.seed_high)
+  return Comparison(
+      *names, len(pairs), test.difference, test.low, test.high, test.p, above, test.seed_low, test.seed_high,
+  )
 
 
 def compare_settings(cells: Sequence[Cell]) -> list[Comparison]:
@@ -261,7 +272,8 @@ def compare_settings(cells: Sequence[Cell]) -> list[Comparison]:
   (first, base), *others = groups.items()
   rows = dict.fromkeys(row for cell in base.values() for row in cell['rows'])
   found = [
-      _compare(seeds, base, row, row, (f'{row} [{setting}]', f'{row} [{first}]')) for setting, seeds in others for row in rows
+      _compare(seeds, base, row, row, (f'{row} [{setting}]', f'{row} [{first}]'))
+      for setting, seeds in others for row in rows
   ]
   return [one for one in found if one is not None]
 
@@ -293,7 +305,10 @@ def records(items: Sequence[NamedTuple]) -> list[dict[str, Any]]:
 def summary_table(summaries: Sequence[Summary]) -> Table:
   header = ['setting', 'row', 'accuracy', '+- over seeds', 'seeds', 'problems']
   rows = [
-      [one.setting, one.row, f'{one.accuracy:.1%}', '-' if math.isnan(one.deviation) else f'{one.deviation:.1%}', str(one.seeds), str(one.n)]
+      [
+          one.setting, one.row, f'{one.accuracy:.1%}', '-' if math.isnan(one.deviation) else f'{one.deviation:.1%}',
+          str(one.seeds), str(one.n),
+      ]
       for one in summaries
   ]
   return header, rows
@@ -304,7 +319,8 @@ def comparison_table(tests: Sequence[Comparison]) -> Table:
   header = ['a', 'b', 'a - b', '95 % over problems', 'p', '95 % over seeds', 'a above b']
   rows = [
       [
-          one.a, one.b, f'{100 * one.difference:+.1f}', f'{100 * one.low:+.1f} ... {100 * one.high:+.1f}', f'{one.p:.2g}',
+          one.a, one.b, f'{100 * one.difference:+.1f}', f'{100 * one.low:+.1f} ... {100 * one.high:+.1f}',
+          f'{one.p:.2g}',
           '-' if math.isnan(one.seed_low) else f'{100 * one.seed_low:+.1f} ... {100 * one.seed_high:+.1f}',
           f'{one.seeds_above} of {one.seeds} seeds',
       ]
@@ -339,7 +355,10 @@ def runs_table(frame: pd.DataFrame, names: Sequence[str]) -> Table:
       raise schema.unknown('metric', name, [column for column in frame if not column.startswith('config.')])
   last = frame.groupby('run', sort=False).tail(1)
   keys = [key for key in last if key.startswith('config.') and len(last) > 1 and last[key].astype(str).nunique() > 1]
-  rows = [[str(row['run']), str(row['step']), *(f'{row[name]:.4g}' for name in names), *(str(row[key]) for key in keys)] for _, row in last.iterrows()]
+  rows = [
+      [str(row['run']), str(row['step']), *(f'{row[name]:.4g}' for name in names), *(str(row[key]) for key in keys)]
+      for _, row in last.iterrows()
+  ]
   return ['run', 'step', *names, *(key.removeprefix('config.') for key in keys)], rows
 
 

@@ -10,7 +10,9 @@ from srm_jax.tasks.task import Task
 from srm_jax.types import Generate, Problem, Prompt, Rollouts, SamplingParams
 
 
-def rollout(generate: Generate, task: Task, problems: Sequence[Problem], sampling: SamplingParams) -> list[list[Graded]]:
+def rollout(
+    generate: Generate, task: Task, problems: Sequence[Problem], sampling: SamplingParams,
+) -> list[list[Graded]]:
   """One group of `sampling.samples` graded completions a problem, in order."""
   prompts = [Prompt(problem.id, task.prompt(problem)) for problem in problems]
   completions = generate(prompts, sampling)
@@ -50,7 +52,9 @@ def to_rollouts(
 
 
 def subsample(problems: Sequence[Problem], count: int, *, seed: int, step: int) -> list[Problem]:
-  """`count` problems of step `step`: consecutive slices of a new permutation each epoch, a pure function of (seed, step)."""
+  """`count` problems of step `step`: consecutive slices of a new permutation each epoch, a pure function of
+  (seed, step).
+  """
   total, places = len(problems), range(step * count, (step + 1) * count)
   orders = {epoch: packing.permutation(total, seed, epoch) for epoch in {place // total for place in places}}
   return [problems[orders[place // total][place % total]] for place in places]

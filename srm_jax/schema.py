@@ -43,7 +43,8 @@ def bind(kind: str, name: str, options: Mapping[str, Any], registry: Mapping[str
     ConfigError: name is not in the registry, the function has no such option, or one that it needs is missing.
   """
   function = choose(kind, name, registry)
-  known = {key: value for key, value in inspect.signature(function).parameters.items() if value.kind is value.KEYWORD_ONLY}
+  parameters = inspect.signature(function).parameters
+  known = {key: value for key, value in parameters.items() if value.kind is value.KEYWORD_ONLY}
   for key in options:
     if key not in known:
       raise unknown(f'option of {kind} {name!r}', key, known)
@@ -66,7 +67,9 @@ def parse(cls: type[T], section: Mapping[str, Any], where: str) -> T:
   """
   section = section.to_dict() if isinstance(section, ml_collections.ConfigDict) else section
   if not isinstance(section, Mapping):
-    raise ConfigError(f'{where} is {section!r}; expected a section with {sorted(f.name for f in dataclasses.fields(cls))}')
+    raise ConfigError(
+        f'{where} is {section!r}; expected a section with {sorted(f.name for f in dataclasses.fields(cls))}'
+    )
   hints, values = typing.get_type_hints(cls), {}
   fields = {field.name for field in dataclasses.fields(cls)}
   for key in section:

@@ -109,7 +109,9 @@ def shardings(names, abstract, mesh: Mesh):
 
 
 def like_params(tree, params, params_shardings, mesh: Mesh):
-  """NamedShardings of an optimizer state: a leaf whose path ends with a parameter's path and has its shape follows it."""
+  """NamedShardings of an optimizer state: a leaf whose path ends with a parameter's path and has its shape follows
+  it.
+  """
   leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(params_shardings), strict=True)
   known = {(path, leaf.shape): sharding for (path, leaf), sharding in leaves}
 
@@ -125,7 +127,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def shard_rows(tree, mesh: Mesh):
-  """Puts every host's arrays [B / hosts, ...] on the mesh as [B, ...] with rows split over the token axes (whole where they do not divide)."""
+  """Puts every host's arrays [B / hosts, ...] on the mesh as [B, ...] with rows split over the token axes (whole where
+  they do not divide).
+  """
 
   def put(x):
     names = ('batch',) + (None,) * (x.ndim - 1) if x.ndim else ()

@@ -5,9 +5,9 @@ A pipeline config names its stages, and their order (a ConfigDict sorts its keys
   config.order = ('NAME', ...)
   config.stages.NAME = {'run': 'tokenizer' | 'train' | 'annotate' | 'evaluate' | 'select', 'config': {...}}
 
-Inside a stage's config the string '{NAME}' stands for the workdir of an earlier stage, and '{NAME}/file' for a file in it.
-A stage lives in <workdir>/NAME-<hash of its resolved config>, so sweeps over later stages share the earlier ones, and a
-changed setting never meets an old result.
+Inside a stage's config the string '{NAME}' stands for the workdir of an earlier stage, and '{NAME}/file' for a file in
+it. A stage lives in <workdir>/NAME-<hash of its resolved config>, so sweeps over later stages share the earlier ones,
+and a changed setting never meets an old result.
 """
 
 import dataclasses
@@ -33,7 +33,9 @@ DONE = 'done.json'
 
 @dataclasses.dataclass(frozen=True)
 class SelectConfig:
-  """Chooses the best of several evaluated models by accuracy of `row`: candidates {stage of the model: '{stage of its evaluation}'}."""
+  """Chooses the best of several evaluated models by accuracy of `row`: candidates {stage of the model: '{stage of its
+  evaluation}'}.
+  """
 
   candidates: Mapping[str, Any]
   row: str
@@ -49,7 +51,9 @@ class TokenizerConfig:
 
 
 class Stage(NamedTuple):
-  """A finished stage: its folder, what later stages see under its name, seconds that its last start took, and its outcome."""
+  """A finished stage: its folder, what later stages see under its name, seconds that its last start took, and its
+  outcome.
+  """
 
   name: str
   run: str
@@ -166,7 +170,8 @@ def run_stage(name: str, section: Mapping[str, Any], workdir, done: Mapping[str,
   path = folder / DONE
   if path.exists():
     saved = json.loads(path.read_text())
-    return Stage(name, section['run'], folder, pathlib.Path(os.path.normpath(folder / saved['target'])), saved['seconds'], saved['outcome'])
+    target = pathlib.Path(os.path.normpath(folder / saved['target']))
+    return Stage(name, section['run'], folder, target, saved['seconds'], saved['outcome'])
   start = time.perf_counter()
   target, outcome = run(config, folder, done)
   seconds = time.perf_counter() - start

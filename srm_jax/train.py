@@ -33,9 +33,9 @@ class TrainConfig:
   """One training run.
 
   tokenizer: name, file or workdir. init_from: workdir whose newest parameters to start from; '' starts fresh.
-  model: its vocab_size may be 0 (the tokenizer's). recipe: opened by the recipe itself. mesh: sizes of the mesh axes, () for all
-  devices on 'fsdp'. checkpoint_every 0 saves at the end only. ema_decay 0 keeps no average. overfit_one_batch
-  trains on the batch of step 0 for ever.
+  model: its vocab_size may be 0 (the tokenizer's). recipe: opened by the recipe itself. mesh: sizes of the mesh axes,
+  () for all devices on 'fsdp'. checkpoint_every 0 saves at the end only. ema_decay 0 keeps no average.
+  overfit_one_batch trains on the batch of step 0 for ever.
   """
 
   seed: int
@@ -132,15 +132,22 @@ def _model(config: TrainConfig, tokenizer) -> TransformerConfig:
   if model.vocab_size == 0:
     model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
   if model.vocab_size < tokenizer.vocab_size:
-    raise schema.ConfigError(f'config.model.vocab_size={model.vocab_size} is below the tokenizer\'s {tokenizer.vocab_size}')
+    raise schema.ConfigError(
+        f'config.model.vocab_size={model.vocab_size} is below the tokenizer\'s {tokenizer.vocab_size}'
+    )
   if config.init_from:
     theirs = dataclasses.asdict(checkpoints.model_config(config.init_from))
     free = {'dtype', 'param_dtype', 'remat', 'unroll', 'max_length'}
-    differing = [f'{k}={v} (there {theirs[k]})' for k, v in dataclasses.asdict(model).items() if k not in free and v != theirs[k]]
+    differing = [
+        f'{k}={v} (there {theirs[k]})' for k, v in dataclasses.asdict(model).items()
+        if k not in free and v != theirs[k]
+    ]
     if differing:
       raise schema.ConfigError(f'config.model does not fit init_from={config.init_from}: {", ".join(differing)}')
     if tokenizers.load(pathlib.Path(config.init_from) / 'tokenizer').fingerprint != tokenizer.fingerprint:
-      raise schema.ConfigError(f'init_from={config.init_from} was trained with another tokenizer than {config.tokenizer}')
+      raise schema.ConfigError(
+          f'init_from={config.init_from} was trained with another tokenizer than {config.tokenizer}'
+      )
   return model
 
 
@@ -164,12 +171,17 @@ def _fresh_state(setup: _Setup) -> TrainState:
   params, placed = _fresh_params(setup)
   init = lambda params: init_state(params, setup.tx, ema=setup.config.ema_decay > 0)
   shape = jax.eval_shape(init, params)
-  rest = {name: sharding.like_params(getattr(shape, name), params, placed, setup.mesh) for name in ('step', 'opt_state', 'ema')}
+  rest = {
+      name: sharding.like_params(getattr(shape, name), params, placed, setup.mesh)
+      for name in ('step', 'opt_state', 'ema')
+  }
   return jax.jit(init, out_shardings=TrainState(params=placed, **rest), compiler_options=_once(setup.mesh))(params)
 
 
 def _once(mesh) -> dict:
-  """Compiler options of a program that runs once: LLVM takes seconds to optimise random numbers that take milliseconds."""
+  """Compiler options of a program that runs once: LLVM takes seconds to optimise random numbers that take
+  milliseconds.
+  """
   return {'xla_backend_optimization_level': 0} if mesh.devices.flat[0].platform == 'cpu' else {}
 
 
@@ -180,7 +192,9 @@ def _restore(setup: _Setup, saved, state: TrainState) -> tuple[TrainState, float
   if found is None:
     return state, 0.0
   if found.meta['frozen'] != prints:
-    raise schema.ConfigError(f'the frozen models changed since the checkpoint: {found.meta["frozen"]} then, {prints} now')
+    raise schema.ConfigError(
+        f'the frozen models changed since the checkpoint: {found.meta["frozen"]} then, {prints} now'
+    )
   setup.recipe.source.set_state(found.meta['source'])
   _LOG.info('continuing at step %d', int(found.state.step))
   return found.state, found.meta['flops']
@@ -230,7 +244,9 @@ class _Interrupts:
 def _compiled_step(setup: _Setup, state: TrainState):
   """The jitted train step; the state stays where it is, so that a run and its continuation use one program."""
   config = setup.config
-  step = build_train_step(setup.recipe.objective, setup.tx, microbatches=config.microbatches, ema_decay=config.ema_decay)
+  step = build_train_step(
+      setup.recipe.objective, setup.tx, microbatches=config.microbatches, ema_decay=config.ema_decay,
+  )
   return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))
 
 
@@ -282,13 +298,14 @@ def _check_finite(setup: _Setup, workdir, saved, state, pending, flops):
     return
   step, batch, _ = pending
   path = pathlib.Path(workdir) / f'non_finite_batch_{step}.npz'
-  np.savez(path, **{jax.tree_util.keystr(p, simple=True, separator='.'): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(batch)})
+  leaves = jax.tree_util.tree_leaves_with_path(batch)
+  np.savez(path, **{jax.tree_util.keystr(p, simple=True, separator='.'): np.asarray(x) for p, x in leaves})
   saved.save(state, _meta(setup, flops))
   saved.manager.wait_until_finished()
   key = jax.random.fold_in(jax.random.key(setup.config.seed), step)
   grads = value_and_grad(setup.recipe.objective, state.params, batch, setup.frozen, key)[1]
   place = diagnostics.first_non_finite(setup.context.model, state.params, getattr(batch, 'batch', batch), grads)
   raise NonFiniteError(
-      f'step {step}: not finite, first in {place}. The state before it is saved as checkpoint {int(state.step)}, the batch in {path}. '
-      'Lower the learning rate, or look at the batch'
+      f'step {step}: not finite, first in {place}. The state before it is saved as checkpoint {int(state.step)}, '
+      f'the batch in {path}. Lower the learning rate, or look at the batch'
   )

@@ -79,7 +79,8 @@ def value_and_grad(objective: Objective, params, batch, frozen, rng, *, microbat
   else:
     total, grads, metrics = _accumulate(gradient, params, split_microbatches(batch, microbatches), rng, microbatches)
   metrics = {
-      name: Mean(value.total, counts[name[5:]]) if name.startswith('loss/') else value for name, value in metrics.items()
+      name: Mean(value.total, counts[name[5:]]) if name.startswith('loss/') else value
+      for name, value in metrics.items()
   }
   return total, grads, metrics
 

@@ -53,7 +53,8 @@ def test_summary(whole):
   right = [one for one in found if one.correct]
   tokens = sum(one.num_tokens for one in found)
   assert whole.summary == {
-      'problems': 5, 'samples': 20, 'correct': len(right), 'distinct_correct': len({(one.problem.id, one.completion) for one in right}),
+      'problems': 5, 'samples': 20, 'correct': len(right),
+      'distinct_correct': len({(one.problem.id, one.completion) for one in right}),
       'solved': len({one.problem.id for one in right}), 'sampled_tokens': tokens, 'flops': forward_flops(MODEL, tokens),
   }
   assert json.loads((whole.path.parent / 'summary.json').read_text()) == whole.summary

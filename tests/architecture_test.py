@@ -161,6 +161,12 @@ def too_long(sources: dict[str, str], limit: int) -> list[str]:
   return [f'{path} has {n} lines, more than {limit}' for path, n in lengths.items() if n > limit]
 
 
+def too_wide(sources: dict[str, str], limit: int) -> list[str]:
+  return [
+    f'{path}:{number} has {len(line)} characters, more than {limit}' for path, text in sources.items()
+    for number, line in enumerate(text.splitlines(), start=1) if len(line) > limit]
+
+
 def config_violations(sources: dict[str, str]) -> list[str]:
   """Of files with a get_config: length, and a docstring with the command that runs it."""
   configs = {path: text for path, text in sources.items() if re.search(r'^def get_config\(', text, re.M)}
@@ -250,6 +256,10 @@ def test_top_level():
 
 def test_file_sizes():
   assert not too_long({path: text for path, text in _sources().items() if path not in LONG_FILES}, 400)
+
+
+def test_line_widths():
+  assert not too_wide(_sources('srm_jax', 'experiments', 'configs', 'tests'), 120)
 
 
 def test_function_sizes():
@@ -350,6 +360,7 @@ def test_size_checkers():
   lengths = function_lengths({'a.py': 'def f(x):\n  """One.\n\n  Two.\n  """\n  return x\n\n\ndef g():\n  return 1\n'})
   assert lengths == {'a.py:f': 2, 'a.py:g': 2}
   assert too_long({'a.py': 'x\n' * 5, 'b.py': 'x\n' * 4}, 4) == ['a.py has 5 lines, more than 4']
+  assert too_wide({'a.py': 'x\néxxxx\n', 'b.py': 'éxxx\n'}, 4) == ['a.py:2 has 5 characters, more than 4']
   silent = '"""Run me."""\ndef get_config():\n  pass\n'
   assert config_violations({'a.py': silent}) == ['the docstring of a.py names no command']
   assert not config_violations({'a.py': '"""python -m experiments.train"""\ndef get_config():\n  pass\n'})

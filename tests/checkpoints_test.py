@@ -19,7 +19,10 @@ META = {'source': {'step': 3}, 'frozen': {}, 'flops': 1.5}
 def state(step, mesh=None, spec=PartitionSpec('fsdp', 'tensor'), seed=0):
   """A train state of a bfloat16 and a float32 matrix with momenta, on one device or on a mesh."""
   rng = np.random.default_rng(seed + step)
-  params = {'model': {'a': jnp.asarray(rng.normal(size=(64, 32)), jnp.float32), 'b': jnp.asarray(rng.normal(size=(8, 8)), jnp.bfloat16)}}
+  params = {'model': {
+      'a': jnp.asarray(rng.normal(size=(64, 32)), jnp.float32),
+      'b': jnp.asarray(rng.normal(size=(8, 8)), jnp.bfloat16),
+  }}
   made = TrainState(jnp.asarray(step, jnp.int32), params, {'mu': jax.tree.map(lambda x: x * 2, params)}, None)
   if mesh is None:
     return made
@@ -156,14 +159,16 @@ def test_fingerprint_sees_every_bit_and_every_place():
   prints.add(checkpoints.fingerprint([words[::-1].copy().view(np.float32)]))
   prints.add(checkpoints.fingerprint([words[:6].view(np.float32), words[6:].view(np.float32)]))
   assert len(prints) == 7
-  assert checkpoints.fingerprint({'a': jnp.zeros(2), 'b': jnp.ones(2)}) != checkpoints.fingerprint({'a': jnp.ones(2), 'b': jnp.zeros(2)})
+  one, other = {'a': jnp.zeros(2), 'b': jnp.ones(2)}, {'a': jnp.ones(2), 'b': jnp.zeros(2)}
+  assert checkpoints.fingerprint(one) != checkpoints.fingerprint(other)
 
 
 def test_a_workdir_belongs_to_one_config(tmp_path):
   config = {'seed': 1, 'model': {'depth': 2, 'width': 3}, 'mesh': (1, 2)}
   checkpoints.claim(tmp_path / 'run', config)
   checkpoints.claim(tmp_path / 'run', config | {'mesh': [1, 2]})  # the same once it is JSON
-  with pytest.raises(ConfigError, match=r'config\.model\.width was 3, is 4; config\.seed was 1, is None\. Use another --workdir') as error:
+  message = r'config\.model\.width was 3, is 4; config\.seed was 1, is None\. Use another --workdir'
+  with pytest.raises(ConfigError, match=message) as error:
     checkpoints.claim(tmp_path / 'run', {'model': {'depth': 2, 'width': 4}, 'mesh': (1, 2)})
   assert 'depth' not in str(error.value)
 
@@ -173,7 +178,8 @@ def trained(tmp_path_factory):
   """A workdir as a training run leaves it, written from eight devices."""
   workdir = tmp_path_factory.mktemp('trained')
   checkpoints.describe_model(workdir, MODEL, 'byte')
-  params = {'model': jax.jit(transformer.init_params, static_argnums=0)(MODEL, jax.random.key(0)), 'projectors': {'0': jnp.ones((4, 4))}}
+  model = jax.jit(transformer.init_params, static_argnums=0)(MODEL, jax.random.key(0))
+  params = {'model': model, 'projectors': {'0': jnp.ones((4, 4))}}
   mesh = sharding.make_mesh((2, 2, 2))
   names = {'model': transformer.param_names(MODEL), 'projectors': {'0': PartitionSpec()}}
   placed = jax.device_put(params, sharding.shardings(names, params, mesh))

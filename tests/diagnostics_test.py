@@ -35,5 +35,6 @@ def test_the_output_of_a_layer(params):
 
 def test_a_gradient_and_the_loss(params):
   grads = edited(params, lambda x: x.at[0].set(jnp.inf), 'model', 'final_norm', 'scale')
-  assert first_non_finite(MODEL, params, tiny.random_batch(), grads) == 'the loss, or the gradient of model/final_norm/scale'
+  found = first_non_finite(MODEL, params, tiny.random_batch(), grads)
+  assert found == 'the loss, or the gradient of model/final_norm/scale'
   assert first_non_finite(MODEL, params, tiny.random_batch(), params) == 'the loss'

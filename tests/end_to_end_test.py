@@ -41,7 +41,8 @@ def test_every_config_opens(name, smoke):
 
 
 def test_there_are_configs_of_every_stage():
-  assert {'configs.quickstart', 'configs.sft.arithmetic', 'configs.rl.grpo', 'configs.evaluate.arithmetic'} <= set(CONFIGS)
+  expected = {'configs.quickstart', 'configs.sft.arithmetic', 'configs.rl.grpo', 'configs.evaluate.arithmetic'}
+  assert expected <= set(CONFIGS)
 
 
 @pytest.mark.parametrize('arg', ['', 'task=gsm8k', 'size=smoke,task=gsm8k', 'seed=7,steps=0.5'])
@@ -65,9 +66,10 @@ def test_a_mistake_deep_in_the_quickstart_is_found():
 # Minutes: only with --all.
 
 TINY = dict(
-    vocab=320, length=160, row=192, context=224, new_tokens=24, rows=2, decode_rows=8, annotations=2, opd_prompts=4, rl_prompts=2, group=2,
-    votes=2, teacher=dict(embed_dim=16, num_layers=2, num_heads=2, mlp_dim=32), student=dict(embed_dim=16, num_layers=1, num_heads=2, mlp_dim=32),
-    teacher_problems=60, gold=12, prompts=4, rl_problems=8, dev=4, test=4, hard=4, steps=dict(teacher=2, base=2, arm=2, rl=2),
+    vocab=320, length=160, row=192, context=224, new_tokens=24, rows=2, decode_rows=8, annotations=2, opd_prompts=4,
+    rl_prompts=2, group=2, votes=2, teacher=dict(embed_dim=16, num_layers=2, num_heads=2, mlp_dim=32),
+    student=dict(embed_dim=16, num_layers=1, num_heads=2, mlp_dim=32), teacher_problems=60, gold=12, prompts=4,
+    rl_problems=8, dev=4, test=4, hard=4, steps=dict(teacher=2, base=2, arm=2, rl=2),
 )
 
 
@@ -75,7 +77,8 @@ TINY = dict(
 def test_the_whole_line_runs_and_runs_only_once(tmp_path, monkeypatch):
   """Annotations of a teacher this small are never right, so every problem counts as solved here."""
   monkeypatch.setitem(quickstart_sizes.SIZES, 'arithmetic_mix/smoke', TINY)
-  monkeypatch.setattr(stages, 'RUNNERS', {**stages.RUNNERS, 'annotate': lambda *args: _all_right(*stages._annotate(*args))})
+  annotate = lambda *args: _all_right(*stages._annotate(*args))
+  monkeypatch.setattr(stages, 'RUNNERS', {**stages.RUNNERS, 'annotate': annotate})
   config = quickstart.get_config('size=smoke')
   for stage in config.stages.values():
     if 'progress' in stage.config:
@@ -99,9 +102,9 @@ def _all_right(workdir, summary):
 
 
 SFT = [
-    '-m', 'experiments.train', '--config=configs/sft/arithmetic.py:smoke', '--config.num_steps=12', '--config.checkpoint_every=3',
-    '--config.log_every=1', '--config.progress=False', '--config.model.embed_dim=16', '--config.model.head_dim=4',
-    '--config.model.mlp_dim=32', '--config.model.num_layers=1', '--workdir={workdir}',
+    '-m', 'experiments.train', '--config=configs/sft/arithmetic.py:smoke', '--config.num_steps=12',
+    '--config.checkpoint_every=3', '--config.log_every=1', '--config.progress=False', '--config.model.embed_dim=16',
+    '--config.model.head_dim=4', '--config.model.mlp_dim=32', '--config.model.num_layers=1', '--workdir={workdir}',
 ]
 GRPO = ['-c', """
 from tests import tiny

@@ -18,7 +18,8 @@ from tests.tiny import one_device, tiny_tasks  # noqa: F401
 MODEL = TransformerConfig(258, 1, 16, 2, 2, 8, 32, max_length=64)
 ROWS = dict(
     direct=base.strategy('direct'), greedy=base.strategy(), sample=base.strategy(temperature=1.0),
-    majority=base.strategy('self_consistency', samples=3, temperature=1.0), best=base.strategy('best_of_n', samples=4, temperature=1.0),
+    majority=base.strategy('self_consistency', samples=3, temperature=1.0),
+    best=base.strategy('best_of_n', samples=4, temperature=1.0),
 )
 
 
@@ -30,7 +31,8 @@ def folders(tmp_path_factory):
 
 def config(folders, rows=ROWS, **options):
   model, scorer = folders
-  made = base.evaluate(model, tiny.data('parity', split='test', count=6), rows, scorer=scorer, max_new_tokens=8, batch_size=8)
+  data = tiny.data('parity', split='test', count=6)
+  made = base.evaluate(model, data, rows, scorer=scorer, max_new_tokens=8, batch_size=8)
   made.update(progress=False, **options)
   return made
 
@@ -126,7 +128,9 @@ def test_errors(folders, tmp_path):
 def test_summary_by_hand():
   problems = tiny.SUMS.problems('test', count=3)
   graded = [
-      Graded(problem, Completion(Prompt(problem.id, ''), 0, '', (1,), (2,), (0.0,), i > 0, Spent(2, 3 + i, 10 * (i == 2))), reward)
+      Graded(problem, Completion(
+          Prompt(problem.id, ''), 0, '', (1,), (2,), (0.0,), i > 0, Spent(2, 3 + i, 10 * (i == 2)),
+      ), reward)
       for i, (problem, reward) in enumerate(zip(problems, (1.0, 0.0, None)))
   ]
   found = summarize(graded, MODEL, MODEL)

@@ -7,8 +7,8 @@ from jax.sharding import PartitionSpec
 
 from srm_jax import hlo, sharding
 
-# A loop of 24 iterations over an asynchronous all-gather in three fusions, as the TPU compiler writes it, with a reduce-scatter
-# (a fusion around an all-reduce) and an all-reduce of a tuple after it.
+# A loop of 24 iterations over an asynchronous all-gather in three fusions, as the TPU compiler writes it, with a
+# reduce-scatter (a fusion around an all-reduce) and an all-reduce of a tuple after it.
 TEXT = """HloModule jit_step, is_scheduled=true
 
 %region_0 (x: f32[], y: f32[]) -> f32[] {
@@ -19,13 +19,16 @@ TEXT = """HloModule jit_step, is_scheduled=true
 
 %fused_start (p.0: bf16[4,8]) -> (bf16[4,8], bf16[64,8], u32[]) {
   %p.0 = bf16[4,8]{1,0:T(4,128)(2,1)} parameter(0)
-  %all-gather.1 = bf16[64,8]{1,0:T(8,128)(2,1)} all-gather(%p.0), channel_id=3, replica_groups=mesh['axis_0'=16] {'axis_0'}, dimensions={0}
-  ROOT %custom-call = (bf16[4,8]{1,0}, bf16[64,8]{1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+  %all-gather.1 = bf16[64,8]{1,0:T(8,128)(2,1)} all-gather(%p.0), channel_id=3, \
+replica_groups=mesh['axis_0'=16] {'axis_0'}, dimensions={0}
+  ROOT %custom-call = (bf16[4,8]{1,0}, bf16[64,8]{1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)}) custom-call(%all-gather.1), \
+custom_call_target="AsyncCollectiveStart"
 }
 
 %fused_done (p.1: bf16[4,8]) -> bf16[64,8] {
   %p.1 = bf16[4,8]{1,0:T(4,128)(2,1)} parameter(0)
-  ROOT %all-gather.2 = bf16[64,8]{1,0:T(8,128)(2,1)} all-gather(%p.1), channel_id=3, replica_groups=mesh['axis_0'=16] {'axis_0'}, dimensions={0}
+  ROOT %all-gather.2 = bf16[64,8]{1,0:T(8,128)(2,1)} all-gather(%p.1), channel_id=3, \
+replica_groups=mesh['axis_0'=16] {'axis_0'}, dimensions={0}
 }
 
 %slice_one (p.2: f32[24,100], p.3: s32[]) -> f32[100] {
@@ -51,7 +54,8 @@ TEXT = """HloModule jit_step, is_scheduled=true
   %i.1 = s32[]{:T(128)} get-tuple-element(%b), index=0
   %layers = f32[24,100]{1,0} get-tuple-element(%b), index=1
   %shard = bf16[4,8]{1,0:T(4,128)(2,1)S(1)} custom-call(), custom_call_target="Made"
-  %start = (bf16[4,8]{1,0:S(1)}, bf16[64,8]{1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)}) fusion(%shard), kind=kCustom, calls=%fused_start
+  %start = (bf16[4,8]{1,0:S(1)}, bf16[64,8]{1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)}) fusion(%shard), \
+kind=kCustom, calls=%fused_start
   %done = bf16[64,8]{1,0:T(8,128)(2,1)S(1)} fusion(%shard), kind=kCustom, calls=%fused_done
   %one = f32[1,100]{1,0:S(1)} fusion(%layers, %i.1), kind=kLoop, calls=%slice_one
   ROOT %next = (s32[]{:T(128)}, f32[24,100]{1,0}) tuple(%i.1, %layers)
@@ -62,8 +66,10 @@ ENTRY %main (w: f32[24,100], g: f32[64,8]) -> f32[4,8] {
   %g = f32[64,8]{1,0} parameter(1)
   %zero = s32[]{:T(128)} constant(0)
   %init = (s32[]{:T(128)}, f32[24,100]{1,0}) tuple(%zero, %w)
-  %while.1 = (s32[]{:T(128)}, f32[24,100]{1,0}) while(%init), condition=%condition, body=%body, metadata={op_name="scan"}
-  %pair = (f32[10]{0}, f32[6]{0}) all-reduce(%g, %g), channel_id=11, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%region_0
+  %while.1 = (s32[]{:T(128)}, f32[24,100]{1,0}) while(%init), condition=%condition, body=%body, \
+metadata={op_name="scan"}
+  %pair = (f32[10]{0}, f32[6]{0}) all-reduce(%g, %g), channel_id=11, replica_groups={{0,1,2,3},{4,5,6,7}}, \
+to_apply=%region_0
   ROOT %scattered = f32[4,8]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.5
 }
 """
@@ -79,7 +85,8 @@ def test_collectives_count_once_a_channel_and_times_the_loop():
 
 
 def test_memory_traffic_counts_slices_as_slices_and_leaves_out_on_chip_arrays():
-  # 24 slices of 400 bytes and their index are read; the scatter reads 2048 and writes 128, the all-reduce twice 2048 and writes 64.
+  # 24 slices of 400 bytes and their index are read; the scatter reads 2048 and writes 128, the all-reduce twice 2048
+  # and writes 64.
   assert hlo.hbm_bytes(hlo.parse(TEXT)) == 24 * (400 + 4) + (2048 + 128) + (2 * 2048 + 64)
 
 
@@ -91,7 +98,8 @@ def test_trip_counts_come_from_annotation_or_condition_and_are_one_otherwise():
 
 
 @pytest.mark.parametrize('groups, size', [
-    ("mesh['data'=2,'fsdp'=4,'tensor'=8] {'fsdp','data'}", 8), ('[4,2]<=[8]', 2), ('[2,4]<=[4,2]T(1,0)', 4), ('{{0,1,2},{3,4,5}}', 3),
+    ("mesh['data'=2,'fsdp'=4,'tensor'=8] {'fsdp','data'}", 8), ('[4,2]<=[8]', 2), ('[2,4]<=[4,2]T(1,0)', 4),
+    ('{{0,1,2},{3,4,5}}', 3),
 ])
 def test_group_sizes_in_every_notation(groups, size):
   assert hlo.group_size(f', channel_id=1, replica_groups={groups}, use_global_device_ids=true') == size
@@ -135,5 +143,8 @@ def test_flops_count_loops_recomputation_and_all_devices():
   assert counted(jax.grad(functools.partial(loss, remat=False), argnums=(0, 1))) == 9 * product
   assert counted(jax.grad(functools.partial(loss, remat=True), argnums=(0, 1))) == 12 * product
   mesh = sharding.make_mesh((1, 4, 1), jax.devices()[:4])
-  rows = jax.shard_map(lambda w, x: x @ w[0], mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec('fsdp')), out_specs=PartitionSpec('fsdp'))
+  rows = jax.shard_map(
+      lambda w, x: x @ w[0], mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec('fsdp')),
+      out_specs=PartitionSpec('fsdp'),
+  )
   assert counted(rows) == product

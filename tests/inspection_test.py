@@ -40,13 +40,14 @@ def _seen(text, **changes):
   ids = np.array([BYTES.encode(text) + [BYTES.eos_id, 0]], np.int32)
   length = ids.shape[1]
   inside = np.arange(length)[None] < length - 1
-  batch = Batch(
-      ids, np.roll(ids, -1, 1), (inside & (np.arange(length) >= length // 2)).astype(np.float32), np.arange(length)[None] * inside, inside * 1
+  mask = (inside & (np.arange(length) >= length // 2)).astype(np.float32)
+  batch = Batch(ids, np.roll(ids, -1, 1), mask, np.arange(length)[None] * inside, inside * 1)
+  scores = inspection.Scores(
+      np.zeros(ids.shape), np.zeros((*ids.shape, 2), np.int32) + 60, np.full((*ids.shape, 2), 0.25),
   )
-  scores = inspection.Scores(np.zeros(ids.shape), np.zeros((*ids.shape, 2), np.int32) + 60, np.full((*ids.shape, 2), 0.25))
   return inspection.Inspection(**dict(
-      origin='nothing', step=3, resolved={'loss': 'a < b & c'}, supervised=int(batch.loss_mask.sum()), fill=0.9, total_rows=8,
-      sequences=batch, scores={'student': scores}, tokenizer=BYTES,
+      origin='nothing', step=3, resolved={'loss': 'a < b & c'}, supervised=int(batch.loss_mask.sum()), fill=0.9,
+      total_rows=8, sequences=batch, scores={'student': scores}, tokenizer=BYTES,
   ) | changes)
 
 
@@ -75,7 +76,8 @@ def test_rollouts_show_what_each_row_earned():
   plain = _seen('abcdef')
   mask = plain.sequences.loss_mask
   rollouts = Rollouts(
-      plain.sequences, -2.5 * mask, advantages=-0.75 * mask, rewards=np.array([1.0]), valid=np.array([0.0]), group=np.array([4])
+      plain.sequences, -2.5 * mask, advantages=-0.75 * mask, rewards=np.array([1.0]), valid=np.array([0.0]),
+      group=np.array([4]),
   )
   page = inspection.render(_seen('abcdef', sequences=rollouts), 'title')
   assert 'group 4 | reward none (cannot be scored) | advantage -0.7500' in page
@@ -86,7 +88,8 @@ def test_rollouts_show_what_each_row_earned():
 
 def test_pieces_that_join_keep_their_spaces():
   pieces = {1: '▁a', 2: '▁b', 3: 'c'}
-  decode = lambda ids: ''.join(pieces[i] for i in ids).replace('▁', ' ').lstrip(' ')  # drops a leading space, as libraries do
+  # Drops a leading space, as libraries do.
+  decode = lambda ids: ''.join(pieces[i] for i in ids).replace('▁', ' ').lstrip(' ')
   tokenizer = BYTES._replace(decode=decode)
   assert inspection.token_texts(tokenizer, [1, 2, 3, 1]) == ['a', ' b', 'c', ' a']
 

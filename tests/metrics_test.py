@@ -10,12 +10,17 @@ from srm_jax.types import Max, Mean
 
 
 def test_values_divide_once():
-  found = metrics.values({'a': Mean(np.float32(6), np.float32(4)), 'b': Max(np.float32(2)), 'c': Mean(np.float32(0), np.float32(0))})
+  found = metrics.values({
+      'a': Mean(np.float32(6), np.float32(4)), 'b': Max(np.float32(2)), 'c': Mean(np.float32(0), np.float32(0)),
+  })
   assert found['a'] == 1.5 and found['b'] == 2.0 and math.isnan(found['c'])
 
 
 def test_merged_means_weigh_by_their_counts():
-  steps = [{'a': Mean(np.float32(0), np.float32(1)), 'b': Max(np.float32(5))}, {'a': Mean(np.float32(3), np.float32(3)), 'b': Max(np.float32(2))}]
+  steps = [
+      {'a': Mean(np.float32(0), np.float32(1)), 'b': Max(np.float32(5))},
+      {'a': Mean(np.float32(3), np.float32(3)), 'b': Max(np.float32(2))},
+  ]
   assert metrics.values(metrics.merge(steps)) == {'a': 0.75, 'b': 5.0}
   assert metrics.merge(steps[:1]) == steps[0]
 

@@ -20,8 +20,8 @@ MATRICES = {'q', 'k', 'v', 'out', 'gate', 'up', 'down'}
 
 
 def config(name='muon', **options):
-  options = dict(learning_rate=0.1, matrix_learning_rate=0.5, schedule='constant', warmup_steps=0, clip_norm=0.0) | options
-  return schema.parse(optimizers.OptimizerConfig, base.optimizer(name, **options), 'optimizer')
+  fixed = dict(learning_rate=0.1, matrix_learning_rate=0.5, schedule='constant', warmup_steps=0, clip_norm=0.0)
+  return schema.parse(optimizers.OptimizerConfig, base.optimizer(name, **(fixed | options)), 'optimizer')
 
 
 def paths(tree, **options):
@@ -32,7 +32,8 @@ def paths(tree, **options):
 @pytest.fixture(scope='module')
 def params():
   model = transformer.abstract_params(MODEL)
-  shapes = jax.tree.map(lambda x: x.shape, jax.tree.map(lambda box: box.value, model, is_leaf=lambda x: hasattr(x, 'value')))
+  unboxed = jax.tree.map(lambda box: box.value, model, is_leaf=lambda x: hasattr(x, 'value'))
+  shapes = jax.tree.map(lambda x: x.shape, unboxed)
   rng = np.random.default_rng(0)
   draw = lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   return {
@@ -54,7 +55,8 @@ def test_muon_takes_block_matrices_and_nothing_else():
   expected = {path for path in every if path.endswith('kernel') and path.split('/')[-2] in MATRICES}
   assert taken == expected and len(expected) == 7
   left = {path.split('/', 1)[1] for path in every - taken}
-  assert {'embedding', 'head', 'final_norm/scale', '0', 'layers/attention/q/bias', 'layers/attention/q_norm/scale'} <= left
+  known = {'embedding', 'head', 'final_norm/scale', '0', 'layers/attention/q/bias', 'layers/attention/q_norm/scale'}
+  assert known <= left
 
 
 def test_first_updates_show_the_partition(params, muon_updates):
@@ -117,7 +119,9 @@ def test_weight_decay_spares_norms_and_biases(toy):
 
 @pytest.mark.parametrize('clip_norm, expected', [(2.0, 2.0), (100.0, 5.0), (0.0, 5.0)])
 def test_gradients_are_clipped_by_their_global_norm(toy, clip_norm, expected):
-  grads = {'kernel': jnp.array([[3.0, 0.0], [0.0, 0.0]]), 'norm': {'scale': jnp.array([0.0, 4.0])}, 'bias': jnp.zeros(2)}
+  grads = {
+      'kernel': jnp.array([[3.0, 0.0], [0.0, 0.0]]), 'norm': {'scale': jnp.array([0.0, 4.0])}, 'bias': jnp.zeros(2),
+  }
   _, state = toy_update(toy, grads, clip_norm=clip_norm)
   momentum = optax.tree_utils.tree_get(state, 'mu')
   np.testing.assert_allclose(optax.tree.norm(momentum) / (1 - 0.9), expected, rtol=1e-5)

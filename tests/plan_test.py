@@ -37,7 +37,8 @@ def test_a_plan_counts_state_and_batch_over_the_chips(cpu_chip):
   assert found.memory.total >= found.memory.arguments + found.memory.temporaries
   assert (found.chips, found.tokens) == (4, 128)
   assert found.collectives['all-gather'].count > 0
-  assert 0.9 < found.executed_flops / found.useful_flops < 1.2  # no recomputation; attention is computed in full, counted in half
+  # No recomputation; attention is computed in full, counted in half.
+  assert 0.9 < found.executed_flops / found.useful_flops < 1.2
   np.testing.assert_allclose(found.roofline.compute, found.executed_flops / 4 / cpu_chip.flops)
   assert found.roofline.seconds == max(found.roofline) > 0
   console = main.rich.console.Console(record=True, width=120)
@@ -77,13 +78,16 @@ def test_the_head_is_changed_wherever_the_recipe_keeps_it():
 
 def test_a_program_that_does_not_fit_is_read_from_the_message():
   message = (
-      'RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 33.27G of 15.75G hbm. '
-      'Exceeded hbm capacity by 17.52G.\n\nTotal hbm usage >= 33.79G:\n    reserved        530.00M \n    program          32.89G \n'
-      '    arguments       388.15M \n\nOutput size 386.26M; shares 386.25M with arguments.\n'
+      'RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. '
+      'Used 33.27G of 15.75G hbm. Exceeded hbm capacity by 17.52G.\n\nTotal hbm usage >= 33.79G:\n'
+      '    reserved        530.00M \n    program          32.89G \n    arguments       388.15M \n\n'
+      'Output size 386.26M; shares 386.25M with arguments.\n'
   )
   memory = plan.out_of_memory(message)
   assert not memory.fits
-  np.testing.assert_allclose([memory.total, memory.temporaries, memory.arguments], [33.27 * GIB, 32.89 * GIB, 388.15 * 2**20])
+  np.testing.assert_allclose(
+      [memory.total, memory.temporaries, memory.arguments], [33.27 * GIB, 32.89 * GIB, 388.15 * 2**20],
+  )
   np.testing.assert_allclose(memory.outputs, 0.01 * 2**20, atol=1e4)
   assert math.isnan(plan.out_of_memory('Used 20G of 15.75G hbm').arguments)
   with pytest.raises(RuntimeError, match='something else'):
@@ -105,11 +109,15 @@ def test_an_unknown_chip_is_named():
 @pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs the tpu extra')
 def test_the_tpu_compiler_plans_a_small_run():
   root = pathlib.Path(__file__).resolve().parents[1]
-  command = [sys.executable, '-m', 'experiments.plan', '--config=configs/sft/qwen2p5_0p5b.py:smoke', '--topology=v5e:2x2', '--dense']
+  command = [
+      sys.executable, '-m', 'experiments.plan', '--config=configs/sft/qwen2p5_0p5b.py:smoke', '--topology=v5e:2x2',
+      '--dense',
+  ]
   environment = {key: value for key, value in os.environ.items() if key != 'XLA_FLAGS'}
-  done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+  options = dict(cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+  done = subprocess.run(command, **options)
   assert done.returncode == 0, done.stderr
   assert 'chunked head: 4 chips, 512 tokens' in done.stdout and 'dense head: 4 chips' in done.stdout
   assert done.stdout.count('15.75 GiB (fits)') == 2 and done.stdout.count('all-gather') == 2
-  unknown = subprocess.run([*command[:-2], '--topology=v5e:3x17'], cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+  unknown = subprocess.run([*command[:-2], '--topology=v5e:3x17'], **options)
   assert unknown.returncode == 2 and 'v5e:3x17' in unknown.stderr

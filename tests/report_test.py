@@ -22,7 +22,8 @@ def _cell(seed, settings=None, problems='same', **rows):
 
 
 def test_load_gives_a_row_a_run_and_step_with_the_config_flattened(tmp_path):
-  _run(tmp_path / 'x' / 'a', [{'step': 1, 'loss': 2.0}, {'step': 2, 'loss': 1.0}], optimizer={'learning_rate': 0.1}, mesh=[])
+  rows = [{'step': 1, 'loss': 2.0}, {'step': 2, 'loss': 1.0}]
+  _run(tmp_path / 'x' / 'a', rows, optimizer={'learning_rate': 0.1}, mesh=[])
   _run(tmp_path / 'b', [{'step': 1, 'loss': 3.0}], optimizer={'learning_rate': 0.2}, mesh=[1, 2, 1])
   frame = report.load(tmp_path)
   assert frame['loss'].tolist() == [3.0, 2.0, 1.0]
@@ -71,7 +72,9 @@ def test_a_plain_config_becomes_a_line_of_one_stage():
   line = report.as_pipeline(ml_collections.ConfigDict({'strategies': {'greedy': {}, 'vote': {}}, 'seed': 1}))
   assert line.order == ('evaluate',) and line.stages.evaluate.config.seed == 1
   assert report.row_names(line) == ['greedy', 'vote']
-  longer = {'order': ('t', 'e'), 'stages': {'t': {'run': 'train'}, 'e': {'run': 'evaluate', 'config': {'strategies': {'greedy': {}}}}}}
+  longer = {'order': ('t', 'e'), 'stages': {
+      't': {'run': 'train'}, 'e': {'run': 'evaluate', 'config': {'strategies': {'greedy': {}}}},
+  }}
   assert report.row_names(longer) == ['e.greedy']
   assert report.as_pipeline(ml_collections.ConfigDict(longer)).order == ('t', 'e')
   with pytest.raises(schema.ConfigError, match='recipe'):

@@ -18,7 +18,9 @@ def test_grades_are_the_tasks():
 def test_unscorable_completions_are_not_valid():
   problems = PARITY.problems('train', count=2)
   texts = [str(i) for i in range(40)]
-  groups = [grade(PARITY, problem, [completion(problem, i, text) for i, text in enumerate(texts)]) for problem in problems]
+  groups = [
+      grade(PARITY, problem, [completion(problem, i, text) for i, text in enumerate(texts)]) for problem in problems
+  ]
   rewards, valid = reward_arrays(groups)
   assert rewards.shape == valid.shape == (2, 40) and rewards.dtype == valid.dtype == np.float32
   for group, reward_row, valid_row in zip(groups, rewards, valid, strict=True):

@@ -14,7 +14,8 @@ from tests.tiny import SUMS
 
 def completion(problem, sample, text, *, tokens=(1,), prompt_tokens=(5, 6), finished=True):
   logprobs = tuple(-0.1 * (i + 1) - sample for i in range(len(tokens)))
-  return Completion(Prompt(problem.id, SUMS.prompt(problem)), sample, text, tuple(prompt_tokens), tuple(tokens), logprobs, finished)
+  prompt = Prompt(problem.id, SUMS.prompt(problem))
+  return Completion(prompt, sample, text, tuple(prompt_tokens), tuple(tokens), logprobs, finished)
 
 
 @pytest.fixture(scope='module')
@@ -71,7 +72,10 @@ def test_rollout_keeps_the_order_of_the_problems():
 
   def generate(prompts, sampling):
     by_id = {problem.id: problem for problem in problems}
-    return [[completion(by_id[prompt.id], i, f'#### {eval(prompt.text)}') for i in range(sampling.samples)] for prompt in prompts]
+    return [
+        [completion(by_id[prompt.id], i, f'#### {eval(prompt.text)}') for i in range(sampling.samples)]
+        for prompt in prompts
+    ]
 
   groups = rollout(generate, SUMS, problems, SamplingParams(samples=2))
   assert [[one.problem.id for one in group] for group in groups] == [[problem.id] * 2 for problem in problems]

@@ -68,7 +68,8 @@ def test_what_does_not_fit_is_refused(changes, message):
 
 def test_choose():
   assert schema.choose('loss', 'a', {'a': 1}) == 1
-  with pytest.raises(schema.ConfigError, match=r"loss 'forward' unknown \(did you mean 'forward_kl'\?\); choose from \["):
+  message = r"loss 'forward' unknown \(did you mean 'forward_kl'\?\); choose from \["
+  with pytest.raises(schema.ConfigError, match=message):
     schema.choose('loss', 'forward', {'forward_kl': 1, 'z': 2})
   with pytest.raises(schema.ConfigError, match=r"loss 'q' unknown; choose from \['z'\]"):
     schema.choose('loss', 'q', {'z': 2})

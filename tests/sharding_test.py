@@ -17,7 +17,9 @@ def test_make_mesh(shape, sizes):
   assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
 
 
-@pytest.mark.parametrize('shape, message', [((3, 1, 1), 'there are 8'), ((2, 4), 'has 2 axes'), ((-1, 3, 1), 'there are 8')])
+@pytest.mark.parametrize('shape, message', [
+    ((3, 1, 1), 'there are 8'), ((2, 4), 'has 2 axes'), ((-1, 3, 1), 'there are 8'),
+])
 def test_make_mesh_refuses(shape, message):
   with pytest.raises(ValueError, match=message):
     sharding.make_mesh(shape)

@@ -33,7 +33,8 @@ def line(*, teacher=0.0, a=0.1, b=0.2, dev=0, after='{best}'):
   return ml_collections.ConfigDict(dict(
       order=('teacher', 'a', 'b', 'dev_a', 'dev_b', 'best', 'rl', 'test_a'),
       stages=dict(
-          teacher=section('train', teacher), a=section('train', a, '{teacher}'), b=section('train', b, '{teacher}/file'),
+          teacher=section('train', teacher), a=section('train', a, '{teacher}'),
+          b=section('train', b, '{teacher}/file'),
           dev_a=section('evaluate', a + dev, '{a}'), dev_b=section('evaluate', b, '{b}'),
           best=dict(run='select', config=dict(candidates=dict(a='{dev_a}', b='{dev_b}'), row='greedy')),
           rl=section('train', 0.5, after), test_a=section('evaluate', 0.6, '{a}'),

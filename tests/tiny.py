@@ -38,7 +38,8 @@ def _grade_parity(problem, text):
 def _task(name, grade):
   return task.Task(
       name=name, domain='math', splits=('train', 'dev', 'test'), problems=_problems, prompt=task.question_prompt,
-      solution=task.worked_solution, extract=graders.extract_hash_answer, grade=grade, first_wrong_step=task.no_step_oracle,
+      solution=task.worked_solution, extract=graders.extract_hash_answer, grade=grade,
+      first_wrong_step=task.no_step_oracle,
   )
 
 
@@ -96,8 +97,8 @@ def train(recipe, *, num_steps=3, name='adamw', learning_rate=3e-3, model=None, 
   optimizer = base.optimizer(name, learning_rate=learning_rate, warmup_steps=1, schedule='constant', weight_decay=0.0)
   return base.train(
       recipe, **{
-          'tokenizer': 'byte', 'model': base.model(**{**MODEL, **(model or {})}), 'optimizer': optimizer, 'num_steps': num_steps,
-          'progress': False, 'log_every': 1, 'checkpoint_every': 0, **options,
+          'tokenizer': 'byte', 'model': base.model(**{**MODEL, **(model or {})}), 'optimizer': optimizer,
+          'num_steps': num_steps, 'progress': False, 'log_every': 1, 'checkpoint_every': 0, **options,
       },
   )
 
@@ -117,7 +118,8 @@ def random_batch(seed=0, *, rows=8, length=16, vocab=64):
   inside = np.arange(length) < lengths[:, None]
   tokens = rng.integers(1, vocab, (rows, length + 1))
   return Batch(
-      inputs=np.where(inside, tokens[:, :-1], 0).astype(np.int32), targets=np.where(inside, tokens[:, 1:], 0).astype(np.int32),
+      inputs=np.where(inside, tokens[:, :-1], 0).astype(np.int32),
+      targets=np.where(inside, tokens[:, 1:], 0).astype(np.int32),
       loss_mask=(inside & (np.arange(length) >= lengths[:, None] // 3)).astype(np.float32),
       positions=np.where(inside, np.arange(length), 0).astype(np.int32), segment_ids=inside.astype(np.int32),
   )

@@ -1,4 +1,6 @@
-"""The loop: exact resume, errors before anything compiles, what a NaN leaves behind, and that every loss can be driven to zero."""
+"""The loop: exact resume, errors before anything compiles, what a NaN leaves behind, and that every loss can be driven
+to zero.
+"""
 
 import functools
 import signal
@@ -100,7 +102,8 @@ def test_metrics_of_a_reinforcement_run(finished):
 
 def test_eight_devices_train_like_one(finished, tmp_path, monkeypatch):
   monkeypatch.setattr(sharding, 'make_mesh', functools.partial(sharding.make_mesh.func, devices=jax.devices()))
-  config = SFT(mesh=(2, 2, 2), optimizer=base.optimizer('adamw', learning_rate=3e-3, warmup_steps=1, schedule='constant'))
+  optimizer = base.optimizer('adamw', learning_rate=3e-3, warmup_steps=1, schedule='constant')
+  config = SFT(mesh=(2, 2, 2), optimizer=optimizer)
   steps = []
 
   def remember(*args):
@@ -112,7 +115,8 @@ def test_eight_devices_train_like_one(finished, tmp_path, monkeypatch):
   assert steps[0]._cache_size() == 1  # the state comes back where it was: nothing compiles twice
   assert run.params['model']['embedding'].sharding.spec == jax.sharding.PartitionSpec('tensor', 'fsdp')
   first, expected = run.metrics[0], finished['sft'].metrics[0]
-  assert first['loss'] == pytest.approx(expected['loss'], rel=1e-5) and first['grad_norm'] == pytest.approx(expected['grad_norm'], rel=1e-4)
+  assert first['loss'] == pytest.approx(expected['loss'], rel=1e-5)
+  assert first['grad_norm'] == pytest.approx(expected['grad_norm'], rel=1e-4)
 
 
 # What is wrong with a config is said before a parameter exists.
@@ -133,7 +137,9 @@ def distillation(teacher, **options):
 WRONG = {
     'misspelt key': (dict(num_step=3), r"config\.num_step: key 'num_step' unknown \(did you mean 'num_steps'"),
     'misspelt deep key': (dict(recipe__batch__lenght=8), r"config\.recipe\.batch\.lenght.*did you mean 'length'"),
-    'wrong type': (dict(optimizer__learning_rate='fast'), r"config\.optimizer\.learning_rate is 'fast' \(str\); expected float"),
+    'wrong type': (
+        dict(optimizer__learning_rate='fast'), r"config\.optimizer\.learning_rate is 'fast' \(str\); expected float",
+    ),
     'recipe': (dict(recipe__name='stf'), r"recipe 'stf' unknown \(did you mean 'sft'"),
     'optimizer': (dict(optimizer__name='adam'), r"optimizer 'adam' unknown \(did you mean 'adamw'"),
     'schedule': (dict(optimizer__schedule='cosin'), r"schedule 'cosin' unknown"),
@@ -152,20 +158,33 @@ WRONG = {
 }
 WRONG_RL = {
     'advantage': (dict(recipe__advantage__name='group'), r"advantage 'group' unknown"),
-    'advantage option': (dict(recipe__advantage__options=dict(dof=1)), r"option of advantage 'group_relative' 'dof' unknown \(did you mean 'ddof'"),
+    'advantage option': (
+        dict(recipe__advantage__options=dict(dof=1)),
+        r"option of advantage 'group_relative' 'dof' unknown \(did you mean 'ddof'",
+    ),
     'surrogate': (dict(recipe__surrogate__name='ppo'), r"surrogate 'ppo' unknown"),
-    'surrogate option': (dict(recipe__surrogate__options=dict(clip=1.0)), r"option of surrogate 'clipped' 'clip' unknown"),
+    'surrogate option': (
+        dict(recipe__surrogate__options=dict(clip=1.0)), r"option of surrogate 'clipped' 'clip' unknown",
+    ),
     'reduction': (dict(recipe__reduction__name='mean'), r"reduction 'mean' unknown"),
-    'reduction option': (dict(recipe__reduction__name='fixed_length'), r"reduction 'fixed_length' needs the options \['max_length'\]"),
+    'reduction option': (
+        dict(recipe__reduction__name='fixed_length'), r"reduction 'fixed_length' needs the options \['max_length'\]",
+    ),
     'kl estimator': (dict(recipe__kl__estimator='k4'), r"kl\.estimator 'k4' unknown"),
     'no reference': (dict(recipe__kl__coef=0.1, recipe__kl__reference='/nowhere'), r'/nowhere holds no model'),
-    'prompt too long': (dict(recipe__rollouts__length=10), r'prompt .* has 4 tokens; with max_new_tokens=8 it does not fit in 10'),
+    'prompt too long': (
+        dict(recipe__rollouts__length=10), r'prompt .* has 4 tokens; with max_new_tokens=8 it does not fit in 10',
+    ),
     'context too short': (dict(model__max_length=11), r'does not fit in 11.*model\.max_length=11'),
 }
 WRONG_TEACHER = {
     'no teacher': (dict(recipe__teacher='/nowhere'), r'/nowhere holds no model'),
-    'divergence': (dict(recipe__loss__divergence='forward'), r"divergence 'forward' unknown \(did you mean 'forward_kl'"),
-    'divergence option': (dict(recipe__loss__options=dict(beta=0.1)), r"option of divergence 'forward_kl' 'beta' unknown"),
+    'divergence': (
+        dict(recipe__loss__divergence='forward'), r"divergence 'forward' unknown \(did you mean 'forward_kl'",
+    ),
+    'divergence option': (
+        dict(recipe__loss__options=dict(beta=0.1)), r"option of divergence 'forward_kl' 'beta' unknown",
+    ),
     'feature': (dict(recipe__loss__hidden__feature='cosin'), r"hidden\.feature 'cosin' unknown"),
     'layers': (dict(recipe__loss__hidden__layers='all'), r"hidden\.layers 'all' unknown"),
     'logits': (dict(model__vocab_size=300), r'has 258 logits, config\.model\.vocab_size is 300'),
@@ -245,7 +264,8 @@ def test_a_batch_without_a_supervised_token_is_refused(tmp_path):
 def test_a_workdir_of_another_config_is_refused(finished):
   with pytest.raises(ConfigError, match=r'begun with another config: config\.optimizer\.b1 was 0\.9, is 0\.8'):
     train(changed(SFT(), optimizer__b1=0.8), finished['sft'].workdir)
-  assert without_clock(train(changed(SFT(), progress=True), finished['sft'].workdir).metrics)  # how it is shown does not matter
+  shown = train(changed(SFT(), progress=True), finished['sft'].workdir)  # how it is shown does not matter
+  assert without_clock(shown.metrics)
 
 
 def test_a_changed_teacher_is_noticed(finished, tmp_path):
@@ -276,7 +296,8 @@ def test_a_step_that_is_not_finite_keeps_the_last_good_state(tmp_path, monkeypat
 
   monkeypatch.setitem(ADVANTAGES, 'poisoned', poisoned)
   config = changed(GRPO(checkpoint_every=0), recipe__advantage__name='poisoned', recipe__advantage__options=dict())
-  with pytest.raises(NonFiniteError, match=r'step 1: not finite, first in the loss.*checkpoint 1, the batch in .*non_finite_batch_1\.npz'):
+  message = r'step 1: not finite, first in the loss.*checkpoint 1, the batch in .*non_finite_batch_1\.npz'
+  with pytest.raises(NonFiniteError, match=message):
     train(config, tmp_path)
   saved = np.load(tmp_path / 'non_finite_batch_1.npz')
   assert np.isnan(saved['advantages']).any() and saved['batch.inputs'].shape == saved['advantages'].shape
@@ -293,13 +314,15 @@ def test_flops_count_what_is_useful():
   recipe = Recipe(None, None, {'teacher': (teacher, {})})
   expected = train_flops(model, tokens, context) + forward_flops(teacher, tokens, context)
   assert step_flops(model, recipe, batch) == pytest.approx(expected)
-  assert step_flops(model, recipe, tiny.random_rollouts()) == pytest.approx(expected + forward_flops(model, tokens, context))
+  sampled = expected + forward_flops(model, tokens, context)
+  assert step_flops(model, recipe, tiny.random_rollouts()) == pytest.approx(sampled)
 
 
 # Every loss can be driven to nothing on one batch.
 
 def overfit(recipe, **options):
-  settings = dict(num_steps=150, learning_rate=0.02, log_every=1, overfit_one_batch=True, model=dict(embed_dim=32, mlp_dim=64)) | options
+  model = dict(embed_dim=32, mlp_dim=64)
+  settings = dict(num_steps=150, learning_rate=0.02, log_every=1, overfit_one_batch=True, model=model) | options
   return tiny.train(recipe, **settings)
 
 

@@ -1,6 +1,7 @@
 """A teacher's chains of thought for new problems: four samples each, graded, with provenance.
 
-Run: python -m experiments.annotate --config=configs/annotate/arithmetic.py --config.teacher=runs/teacher --workdir=runs/annotations
+Run: python -m experiments.annotate --config=configs/annotate/arithmetic.py --config.teacher=runs/teacher \\
+       --workdir=runs/annotations
 Hardware: two CPU cores, minutes. Expected: one record a sample in annotations.jsonl, the share of right ones printed.
 """
 

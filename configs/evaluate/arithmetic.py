@@ -1,6 +1,7 @@
 """Held-out accuracy of a model: direct, greedy chain of thought, one sample, and majority of eight.
 
-Run: python -m experiments.evaluate --config=configs/evaluate/arithmetic.py --config.model=runs/sft --workdir=runs/evaluation
+Run: python -m experiments.evaluate --config=configs/evaluate/arithmetic.py --config.model=runs/sft \\
+       --workdir=runs/evaluation
 Hardware: two CPU cores, two minutes. Expected: a row a strategy with a 95 % interval over problems.
 """
 
@@ -14,4 +15,5 @@ def get_config(arg: str = ''):
       direct=base.strategy('direct'), greedy=base.strategy(), sample=base.strategy(temperature=1.0),
       majority=base.strategy('self_consistency', samples=8, temperature=1.0),
   )
-  return base.evaluate('runs/sft', base.data(a.task, a.split, count=4 if a.smoke else a.count, seed=9), rows, max_new_tokens=128)
+  data = base.data(a.task, a.split, count=4 if a.smoke else a.count, seed=9)
+  return base.evaluate('runs/sft', data, rows, max_new_tokens=128)

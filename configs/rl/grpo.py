@@ -14,9 +14,13 @@ def get_config(arg: str = ''):
   return base.train(
       base.grpo(
           base.data(count=50 if a.smoke else 4000, seed=3),
-          base.rollouts(prompts=2 if a.smoke else 32, samples=2 if a.smoke else 8, length=256, max_new_tokens=16 if a.smoke else 128),
+          base.rollouts(
+              prompts=2 if a.smoke else 32, samples=2 if a.smoke else 8, length=256,
+              max_new_tokens=16 if a.smoke else 128,
+          ),
           kl=a.kl, reference=a.reference,
       ),
       tokenizer='byte', model=base.model(embed_dim=64, num_layers=3, num_heads=4, mlp_dim=192), init_from='runs/logits',
-      optimizer=base.optimizer('adamw', learning_rate=3e-4, schedule='constant', weight_decay=0.0), num_steps=2 if a.smoke else 50,
+      optimizer=base.optimizer('adamw', learning_rate=3e-4, schedule='constant', weight_decay=0.0),
+      num_steps=2 if a.smoke else 50,
   )

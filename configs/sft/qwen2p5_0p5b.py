@@ -1,6 +1,7 @@
 """Supervised fine-tuning of a model of the Qwen2.5-0.5B shape on worked solutions, rows of 4096 tokens.
 
-Run: python -m experiments.train --config=configs/sft/qwen2p5_0p5b.py --config.tokenizer=DIR --config.init_from=DIR --workdir=runs/qwen
+Run: python -m experiments.train --config=configs/sft/qwen2p5_0p5b.py --config.tokenizer=DIR --config.init_from=DIR \\
+       --workdir=runs/qwen
 Plan: python -m experiments.plan --config=configs/sft/qwen2p5_0p5b.py --topology=v5e:4x4
 Hardware: 16 TPU v5e chips. Status: compiled for v5e:4x4 only, not yet run there.
 Shape: Qwen2.5 Technical Report, arXiv:2412.15115, and the published config.json of Qwen2.5-0.5B.

@@ -59,7 +59,8 @@ def compare(dtype: str, rounds: int) -> list[str]:
     runs['transformers'] = peers.sampler(config, prompts, max_new_tokens=NEW, dtype=dtype)
   timings = timing.interleaved(runs, rounds=rounds)
   lines = [
-      f'{dtype:9} {name:13} {BATCH * NEW / took.wall:7.0f} tokens/s   {took.wall:6.2f} s   {took.processor:6.2f} processor s'
+      f'{dtype:9} {name:13} {BATCH * NEW / took.wall:7.0f} tokens/s   '
+      f'{took.wall:6.2f} s   {took.processor:6.2f} processor s'
       for name, took in timings.items()
   ]
   if 'transformers' in timings:

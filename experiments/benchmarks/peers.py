@@ -1,4 +1,7 @@
-"""The same model in PyTorch: a Hugging Face Llama of a given shape with random weights. Extra: pip install -e '.[bench]'."""
+"""The same model in PyTorch: a Hugging Face Llama of a given shape with random weights.
+
+Extra: pip install -e '.[bench]'.
+"""
 
 import importlib.util
 

@@ -2,9 +2,10 @@
 
   python -m experiments.benchmarks.train_step [--rounds=5] [--dtypes=float32,bfloat16] [--shape=peer]
 
-Shape `peer`: 6.8 M parameters (d=256, 6 layers, 4 heads, mlp 1024, vocabulary 2048), batches of 32 x 256. Both sides take
-the same steps: forward, cross-entropy, backward, AdamW. Ours is the train step of every recipe, with its masks, gradient
-norm and check for NaN. In bfloat16 PyTorch runs both with autocast and with bfloat16 weights; the ratio is to the faster.
+Shape `peer`: 6.8 M parameters (d=256, 6 layers, 4 heads, mlp 1024, vocabulary 2048), batches of 32 x 256. Both sides
+take the same steps: forward, cross-entropy, backward, AdamW. Ours is the train step of every recipe, with its masks,
+gradient norm and check for NaN. In bfloat16 PyTorch runs both with autocast and with bfloat16 weights; the ratio is to
+the faster.
 """
 
 import dataclasses
@@ -20,15 +21,23 @@ from srm_jax.types import Batch
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'timed steps of each side', lower_bound=1)
 DTYPES = flags.DEFINE_list('dtypes', ['float32', 'bfloat16'], 'compute types, the same on both sides')
 ROWS = flags.DEFINE_integer('rows', 32, 'rows of a batch', lower_bound=1)
-SHAPE = flags.DEFINE_enum('shape', 'peer', ['peer', 'teacher', 'student'], 'which model; the last two are a quickstart\'s')
+SHAPE = flags.DEFINE_enum(
+    'shape', 'peer', ['peer', 'teacher', 'student'], 'which model; the last two are a quickstart\'s',
+)
 PEERS = flags.DEFINE_bool('peers', True, 'also time PyTorch')
 
 LEARNING_RATE = 1e-3
 # name -> (model, length of a row)
 SHAPES = {
-    'peer': (TransformerConfig(2048, num_layers=6, embed_dim=256, num_heads=4, num_kv_heads=4, head_dim=64, mlp_dim=1024, unroll=6), 256),
-    'teacher': (TransformerConfig(512, num_layers=4, embed_dim=128, num_heads=4, num_kv_heads=4, head_dim=32, mlp_dim=384, unroll=4), 128),
-    'student': (TransformerConfig(512, num_layers=2, embed_dim=64, num_heads=4, num_kv_heads=4, head_dim=16, mlp_dim=192, unroll=2), 128),
+    'peer': (TransformerConfig(
+        2048, num_layers=6, embed_dim=256, num_heads=4, num_kv_heads=4, head_dim=64, mlp_dim=1024, unroll=6,
+    ), 256),
+    'teacher': (TransformerConfig(
+        512, num_layers=4, embed_dim=128, num_heads=4, num_kv_heads=4, head_dim=32, mlp_dim=384, unroll=4,
+    ), 128),
+    'student': (TransformerConfig(
+        512, num_layers=2, embed_dim=64, num_heads=4, num_kv_heads=4, head_dim=16, mlp_dim=192, unroll=2,
+    ), 128),
 }
 
 
@@ -36,7 +45,8 @@ def make_batch(vocab_size: int, rows: int, length: int) -> Batch:
   """Random tokens, one segment a row, every target supervised."""
   tokens = np.random.default_rng(0).integers(0, vocab_size, (rows, length + 1), dtype=np.int32)
   ones = np.ones((rows, length), np.int32)
-  return Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), np.cumsum(ones, axis=1, dtype=np.int32) - 1, ones)
+  positions = np.cumsum(ones, axis=1, dtype=np.int32) - 1
+  return Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), positions, ones)
 
 
 def ours(config: TransformerConfig, batch: Batch):
@@ -120,7 +130,10 @@ def main(argv):
   del argv
   runtime.prepare()
   shape, length = SHAPES[SHAPE.value]
-  print(f'{num_params(shape) / 1e6:.2f} M parameters, batches of {ROWS.value} x {length}; medians of {ROUNDS.value} interleaved steps')
+  print(
+      f'{num_params(shape) / 1e6:.2f} M parameters, batches of {ROWS.value} x {length}; '
+      f'medians of {ROUNDS.value} interleaved steps'
+  )
   for dtype in DTYPES.value:
     print('\n'.join(compare(dataclasses.replace(shape, dtype=dtype), length, ROUNDS.value)), flush=True)
   if PEERS.value and not peers.installed():

@@ -77,7 +77,7 @@ def calibrate(config: Mapping[str, Any], *, limit: float) -> Speed:
       decode['teacher'] = _decode_token(sections['teacher'], vocab, stages['annotate']['config'], dtype)
   flops = {name: train_flops(_model(section, vocab, dtype), 1) for name, section in sections.items()}
   train_seconds = _complete(train, flops, 1 / (STEP_SHARE * rates[dtype]))
-  # Between two sizes decoding grows about as the root of the FLOPs: a step is half products, half everything around them.
+  # Between two sizes decoding grows about as the root of the FLOPs: half of a step is products, half what is around.
   roots = {name: value**0.5 for name, value in flops.items()}
   decode_seconds = _complete(decode, roots, DECODE_COST * train_seconds['teacher'] / roots['teacher'])
   compiling = [timed.compiling for timed in (*train.values(), *decode.values())]
@@ -98,7 +98,7 @@ def choose(rates: Mapping[str, float], steps: Mapping[str, float]) -> str:
 
 
 def _complete(measured: Mapping[str, Timed], work: Mapping[str, float], otherwise: float) -> dict[str, float]:
-  """Seconds a token for every model: measured, or in proportion to its work from one that was, or `otherwise` a unit."""
+  """Seconds a token for every model: measured, in proportion to its work from one that was, or `otherwise` a unit."""
   rate = next((timed.seconds / work[name] for name, timed in measured.items()), otherwise)
   return {name: measured[name].seconds if name in measured else rate * work[name] for name in work}
 

@@ -71,7 +71,8 @@ def accuracy(findings: Findings, bands: Mapping[str, Band], chance: float, outsi
         ax.barh(place, band.high - band.low, left=band.low, height=0.72, color=COLORS[row.name], alpha=0.2, linewidth=0)
         ax.plot([band.mean, band.mean], [place - 0.36, place + 0.36], color=COLORS[row.name], alpha=0.7, linewidth=1.2)
       ax.errorbar(
-          row.score.accuracy, place, xerr=_arms(row.score), fmt='o', color=COLORS[row.name], capsize=3, markersize=7, elinewidth=2
+          row.score.accuracy, place, xerr=_arms(row.score), fmt='o', color=COLORS[row.name], capsize=3, markersize=7,
+          elinewidth=2,
       )
       flag = ' outside its band' if row.name in outside else ''
       right = row.score.high < 0.86

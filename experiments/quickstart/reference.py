@@ -97,8 +97,8 @@ def _row(title: str, results) -> dict[str, Any]:
   accuracies = [result['accuracy'] for result in results]
   n = min(result['n'] for result in results)
   return {
-      'title': title, 'accuracies': accuracies, 'mean': float(np.mean(accuracies)), 'min': min(accuracies), 'max': max(accuracies),
-      'band': prediction_interval(accuracies, n), 'n': n,
+      'title': title, 'accuracies': accuracies, 'mean': float(np.mean(accuracies)), 'min': min(accuracies),
+      'max': max(accuracies), 'band': prediction_interval(accuracies, n), 'n': n,
   }
 
 

@@ -62,7 +62,9 @@ def _length(completion):
 def _check(completion, tokenizer, max_length):
   name = f'completion {completion.sample} of prompt {completion.prompt.id!r}'
   if tuple(tokenizer.encode(completion.prompt.text)) != tuple(completion.prompt_tokens):
-    raise ValueError(f'{name} was sampled with another tokenizer than the scorer has; score it with a model that shares it')
+    raise ValueError(
+        f'{name} was sampled with another tokenizer than the scorer has; score it with a model that shares it'
+    )
   if _length(completion) > max_length:
     raise ValueError(f'{name} has {_length(completion)} tokens with its prompt; the scorer has max_length={max_length}')
 

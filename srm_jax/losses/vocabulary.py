@@ -1,7 +1,7 @@
 """Reductions over the vocabulary axis, whole on one device or split over a mesh axis.
 
-Losses see logits `[..., V]`. Inside `shard_map` V is the local slice and `axis_name` names the mesh axis that splits it;
-with `axis_name=None` these are the plain reductions. Only per-token scalars cross the mesh axis.
+Losses see logits `[..., V]`. Inside `shard_map` V is the local slice and `axis_name` names the mesh axis that splits
+it; with `axis_name=None` these are the plain reductions. Only per-token scalars cross the mesh axis.
 """
 
 import jax

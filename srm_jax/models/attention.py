@@ -147,7 +147,8 @@ class Attention(nn.Module):
       shape, axes = (c.embed_dim, count, c.head_dim), ('embed', axis, 'head_dim')
       return Projection(c, shape, axes, bias=c.qkv_bias, name=name)(x)
 
-    q, k, v = heads('q', c.num_heads, 'heads'), heads('k', c.num_kv_heads, 'kv_heads'), heads('v', c.num_kv_heads, 'kv_heads')
+    q = heads('q', c.num_heads, 'heads')
+    k, v = heads('k', c.num_kv_heads, 'kv_heads'), heads('v', c.num_kv_heads, 'kv_heads')
     if c.qk_norm:
       q, k = RMSNorm(c, name='q_norm')(q), RMSNorm(c, name='k_norm')(k)
     q, k = rotate(q, angles), rotate(k, angles)
@@ -161,5 +162,6 @@ class Attention(nn.Module):
     if 'attention' in taps:
       seen['attention'] = attention_weights(q, keys, visible)
     out = attend(q, keys, values, visible)
-    y = Projection(c, (c.num_heads, c.head_dim, c.embed_dim), ('heads', 'head_dim', 'embed'), contract=2, name='out')(out)
+    shape, axes = (c.num_heads, c.head_dim, c.embed_dim), ('heads', 'head_dim', 'embed')
+    y = Projection(c, shape, axes, contract=2, name='out')(out)
     return y, layer_cache, {name: seen[name] for name in taps if name in seen}

@@ -29,9 +29,10 @@ class Context(NamedTuple):
 class DataConfig:
   """Which prompts, and which completions to learn.
 
-  task, split, count, seed: problems of a task, generated or read. records: a file of annotations, which replaces split, count and seed.
-  target: 'solution' learns the problem's own worked solution, 'completion' the annotation's text; both of right annotations only,
-  unless 'unfiltered_solution' or 'unfiltered_completion' says that wrong ones count too.
+  task, split, count, seed: problems of a task, generated or read. records: a file of annotations, which replaces
+  split, count and seed. target: 'solution' learns the problem's own worked solution, 'completion' the annotation's
+  text; both of right annotations only, unless 'unfiltered_solution' or 'unfiltered_completion' says that wrong ones
+  count too.
   """
 
   task: str
@@ -100,7 +101,9 @@ def worked_examples(data: DataConfig) -> list[Worked]:
   else:
     worked = _solutions(task, load_problems(data))
   if not worked:
-    raise schema.ConfigError(f'nothing to learn from in {data}: no problem with a worked solution, or no right annotation')
+    raise schema.ConfigError(
+        f'nothing to learn from in {data}: no problem with a worked solution, or no right annotation'
+    )
   return worked
 
 
@@ -145,13 +148,14 @@ def load_teacher(folder: str, context: Context) -> checkpoints.Model:
   teacher = checkpoints.load_model(folder, dtype=context.model.dtype)
   if teacher.tokenizer.fingerprint != context.tokenizer.fingerprint:
     raise schema.ConfigError(
-        f'teacher {folder} has tokenizer {teacher.tokenizer.name} of {teacher.tokenizer.vocab_size} pieces, the student '
-        f'{context.tokenizer.name} of {context.tokenizer.vocab_size}; logits can only be compared over one vocabulary'
+        f'teacher {folder} has tokenizer {teacher.tokenizer.name} of {teacher.tokenizer.vocab_size} pieces, '
+        f'the student {context.tokenizer.name} of {context.tokenizer.vocab_size}; '
+        'logits can only be compared over one vocabulary'
     )
   if teacher.config.vocab_size != context.model.vocab_size:
     raise schema.ConfigError(
-        f'teacher {folder} has {teacher.config.vocab_size} logits, config.model.vocab_size is {context.model.vocab_size}; '
-        'logits can only be compared over one vocabulary'
+        f'teacher {folder} has {teacher.config.vocab_size} logits, '
+        f'config.model.vocab_size is {context.model.vocab_size}; logits can only be compared over one vocabulary'
     )
   return teacher
 
@@ -159,6 +163,7 @@ def load_teacher(folder: str, context: Context) -> checkpoints.Model:
 def forward(config: TransformerConfig, params: Any, batch: Batch, *, taps=()):
   """Hidden states of a packed batch: -> models.transformer.Output without logits."""
   return Transformer(config).apply(
-      {'params': params}, batch.inputs, positions=batch.positions, segment_ids=batch.segment_ids, logits_at=(), taps=taps
+      {'params': params}, batch.inputs, positions=batch.positions, segment_ids=batch.segment_ids, logits_at=(),
+      taps=taps,
   )
 

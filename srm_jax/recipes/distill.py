@@ -4,7 +4,8 @@
 
 p teacher, q student, N supervised tokens of the global batch, L mapped layers, W_l trained and dropped after.
 Left out: T^2 unless `scale_by_squared_temperature`; attention relations; several teachers.
-Reference: Hinton et al., arXiv:1503.02531; Romero et al., FitNets, arXiv:1412.6550; Sun et al., Patient KD, arXiv:1908.09355.
+Reference: Hinton et al., arXiv:1503.02531; Romero et al., FitNets, arXiv:1412.6550; Sun et al., Patient KD,
+arXiv:1908.09355.
 """
 
 import dataclasses
@@ -28,7 +29,8 @@ from srm_jax.types import Mean, Objective, Recipe
 class HiddenConfig:
   """Hidden-state matching; weight 0 switches it off.
 
-  layers: which teacher layer each student layer follows: 'skip' spreads evenly, 'last' aligns the tops, 'final' only the last.
+  layers: which teacher layer each student layer follows: 'skip' spreads evenly, 'last' aligns the tops, 'final' only
+  the last.
   """
 
   weight: float
@@ -122,7 +124,9 @@ def objective(loss: LossConfig, student, teacher) -> Objective:
     count = count_tokens(batch)
     found, metrics = {'tokens': (1.0, total)}, {name: Mean(value, count) for name, value in aux.items()}
     if taps:
-      gap = _hidden_total(feature, pairs, ours.taps['hidden'], theirs.taps['hidden'], params['projectors'], batch.loss_mask)
+      gap = _hidden_total(
+          feature, pairs, ours.taps['hidden'], theirs.taps['hidden'], params['projectors'], batch.loss_mask,
+      )
       found['hidden'] = (loss.hidden.weight, gap)
     return found, metrics
 
@@ -135,8 +139,9 @@ def objective(loss: LossConfig, student, teacher) -> Objective:
 
 def _resolved(loss: LossConfig, pairs):
   options = ''.join(f', {key}={value}' for key, value in loss.options.items())
+  divergence = f'{loss.divergence}(T={loss.temperature:g}{options})'
   resolved = {
-      'loss': f'{loss.cross_entropy:g} cross-entropy + {loss.weight:g} {loss.divergence}(T={loss.temperature:g}{options})',
+      'loss': f'{loss.cross_entropy:g} cross-entropy + {loss.weight:g} {divergence}',
       'denominator': 'supervised tokens of the global batch', 'mask': 'completion and end-of-text',
   }
   if loss.hidden.weight:

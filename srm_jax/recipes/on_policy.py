@@ -34,13 +34,15 @@ def check_lengths(config: RolloutConfig, task: Task, problems: Sequence[Problem]
   room = min(config.length, context.model.max_length)
   if lengths[longest] + config.max_new_tokens > room:
     raise schema.ConfigError(
-        f'prompt {longest} has {lengths[longest]} tokens; with max_new_tokens={config.max_new_tokens} it does not fit in '
-        f'{room}, the smaller of rollouts.length={config.length} and model.max_length={context.model.max_length}'
+        f'prompt {longest} has {lengths[longest]} tokens; with max_new_tokens={config.max_new_tokens} it does not fit '
+        f'in {room}, the smaller of rollouts.length={config.length} and model.max_length={context.model.max_length}'
     )
 
 
 def row_length(groups, limit: int) -> int:
-  """Half, three quarters or all of `limit`, whichever is the least that holds every row: little padding, few programs."""
+  """Half, three quarters or all of `limit`, whichever is the least that holds every row: little padding, few
+  programs.
+  """
   longest = max(len(one.completion.prompt_tokens) + len(one.completion.tokens) for group in groups for one in group)
   return next(length for length in (limit // 2, 3 * limit // 4, limit) if longest <= length or length == limit)
 
@@ -58,11 +60,14 @@ def source(config: RolloutConfig, data: DataConfig, context: Context, *, advanta
   )
 
   def next_rollouts(params, step: int) -> Rollouts:
-    generate = make_generate(context.model, params['model'], context.tokenizer, batch_size=config.prompts * config.samples)
+    generate = make_generate(
+        context.model, params['model'], context.tokenizer, batch_size=config.prompts * config.samples,
+    )
     chosen = subsample(problems, config.prompts, seed=context.seed, step=step)
     drawn = dataclasses.replace(sampling, seed=context.seed * 1_000_003 + step)
     groups = rollout(generate, task, chosen, drawn)
-    return to_rollouts(groups, length=row_length(groups, config.length), pad_id=context.tokenizer.pad_id, advantage=advantage)
+    length = row_length(groups, config.length)
+    return to_rollouts(groups, length=length, pad_id=context.tokenizer.pad_id, advantage=advantage)
 
   def set_state(state):
     if state != identity:

@@ -53,7 +53,10 @@ def objective(model, *, head_chunk: int | None) -> Objective:
     count = count_tokens(batch)
     return {'cross_entropy': (1.0, total)}, {name: Mean(value, count) for name, value in aux.items()}
 
-  resolved = {'loss': 'cross-entropy on targets', 'denominator': 'supervised tokens of the global batch', 'mask': 'completion and end-of-text'}
+  resolved = {
+      'loss': 'cross-entropy on targets', 'denominator': 'supervised tokens of the global batch',
+      'mask': 'completion and end-of-text',
+  }
   return Objective(terms, lambda batch: {'cross_entropy': count_tokens(batch)}, resolved)
 
 

@@ -51,7 +51,9 @@ def ran(monkeypatch):
     found = {name: {'accuracy': sum(c) / 100, 'n': 100, 'correct': c, 'interval': [0, 1]} for name, c in rows.items()}
     (workdir / 'results.json').write_text(json.dumps(found))
     for number, name in enumerate(rows):
-      lines = ({'row': name, 'id': f'{config["problems"]}/{i}', 'text': '', 'prompt': '', 'reward': 0} for i in range(100))
+      lines = (
+          {'row': name, 'id': f'{config["problems"]}/{i}', 'text': '', 'prompt': '', 'reward': 0} for i in range(100)
+      )
       (workdir / f'completions_{number}.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     return workdir, {}
 
@@ -78,7 +80,8 @@ def test_a_sweep_shares_stages_skips_finished_cells_and_tests_what_it_found(conf
   assert [ran.count(name) for name in ('prepare', 'train', 'score')] == [1, 6, 6]
   results = _results(workdir)
   assert [(cell['settings'], cell['seed']) for cell in results['cells'][:3]] == [
-      ({'stages.train.config.rate': '1'}, 1), ({'stages.train.config.rate': '2'}, 1), ({'stages.train.config.rate': '1'}, 2)
+      ({'stages.train.config.rate': '1'}, 1), ({'stages.train.config.rate': '2'}, 1),
+      ({'stages.train.config.rate': '1'}, 2),
   ]
   assert report.unpack(results['cells'][0]['rows']['score.greedy']['correct']).sum() == 50
   tests = {(test['a'], test['b']): test for test in results['tests']}
@@ -137,7 +140,9 @@ def test_misspelt_names_stop_a_sweep_before_anything_runs(config, ran, tmp_path)
   assert not ran
 
 
-@pytest.mark.parametrize('text, expected', [('3', [1, 2, 3]), ('7,9', [7, 9]), ('7,', None), ('0', None), ('x', None), ('2,2', None)])
+@pytest.mark.parametrize('text, expected', [
+    ('3', [1, 2, 3]), ('7,9', [7, 9]), ('7,', None), ('0', None), ('x', None), ('2,2', None),
+])
 def test_seeds_are_a_number_or_a_list(text, expected):
   if expected is None and text != '7,':
     with pytest.raises(schema.ConfigError, match='--seeds'):

@@ -118,7 +118,9 @@ def test_progress_counts_every_token_once(prepared):
   assert sum(reported) == sum(map(len, tokens))
 
 
-@pytest.mark.parametrize('length, size', [(1, 16), (16, 16), (17, 24), (25, 32), (33, 48), (49, 64), (65, 96), (97, 128)])
+@pytest.mark.parametrize('length, size', [
+    (1, 16), (16, 16), (17, 24), (25, 32), (33, 48), (49, 64), (65, 96), (97, 128),
+])
 def test_buckets(length, size):
   assert decode.bucket(length) == size
 

@@ -112,7 +112,9 @@ def test_mesh_equals_one_device():
     np.testing.assert_allclose(there.logprobs, here.logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize('text, message', [('', "prompt 'bad' has no tokens"), ('x' * 249, "prompt 'bad' has 249 tokens.*248")])
+@pytest.mark.parametrize('text, message', [
+    ('', "prompt 'bad' has no tokens"), ('x' * 249, "prompt 'bad' has 249 tokens.*248"),
+])
 def test_impossible_prompts_are_named(text, message):
   with pytest.raises(ValueError, match=message):
     _generate()([PROMPTS[0], Prompt('bad', text)], SAMPLING)

@@ -19,7 +19,9 @@ def _support(logits):
   return set(np.flatnonzero(np.isfinite(np.asarray(logits)[0])).tolist())
 
 
-@pytest.mark.parametrize('k, kept', [(0, {0, 1, 2, 3, 4}), (1, {0}), (3, {0, 1, 2}), (4, {0, 1, 2, 3, 4}), (9, {0, 1, 2, 3, 4})])
+@pytest.mark.parametrize('k, kept', [
+    (0, {0, 1, 2, 3, 4}), (1, {0}), (3, {0, 1, 2}), (4, {0, 1, 2, 3, 4}), (9, {0, 1, 2, 3, 4}),
+])
 def test_top_k_support(k, kept):
   assert _support(sampler.keep_top_k(_logits(), k)) == kept  # the 4th and 5th tie
 

@@ -49,7 +49,8 @@ def test_projection_splits_and_merges_axes():
   np.testing.assert_allclose(y, np.einsum('btd,dhk->bthk', x, params['kernel']) + np.asarray(params['bias']), atol=1e-5)
   merge = layers.Projection(CONFIG, (2, 4, 6), ('heads', 'head_dim', 'embed'), contract=2)
   params = _init(merge, y)
-  np.testing.assert_allclose(merge.apply({'params': params}, y), np.einsum('bthk,hkd->btd', y, params['kernel']), atol=1e-5)
+  merged = merge.apply({'params': params}, y)
+  np.testing.assert_allclose(merged, np.einsum('bthk,hkd->btd', y, params['kernel']), atol=1e-5)
 
 
 def test_projection_starts_with_unit_variance():

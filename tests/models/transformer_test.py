@@ -1,4 +1,6 @@
-"""One model, however it is driven: scanned or unrolled, with or without a cache, packed or alone, on one device or eight."""
+"""One model, however it is driven: scanned or unrolled, with or without a cache, packed or alone, on one device or
+eight.
+"""
 
 import dataclasses
 import functools
@@ -70,7 +72,8 @@ def test_causality_by_gradient(params):
   tokens = jnp.arange(1, T + 1, dtype=jnp.int32)[None]
 
   def hidden(embedding):
-    return Transformer(CONFIG).apply({'params': {**params, 'embedding': embedding}}, tokens, logits_at=()).hidden[0].sum(-1)
+    changed = {**params, 'embedding': embedding}
+    return Transformer(CONFIG).apply({'params': changed}, tokens, logits_at=()).hidden[0].sum(-1)
 
   by_token = jax.jit(jax.jacrev(hidden))(params['embedding'])[:, 1 : T + 1]  # [t, s, D]
   influence = jnp.abs(by_token).max(-1)
@@ -164,14 +167,16 @@ def test_taps(params):
   output = _apply(params, tokens, taps=TAPS)
   shapes = {name: tap.shape for name, tap in output.taps.items()}
   assert shapes == {
-      'hidden': (2, 2, T, 16), 'q': (2, 2, T, 4, 6), 'k': (2, 2, T, 2, 6), 'v': (2, 2, T, 2, 6), 'attention': (2, 2, 4, T, T)
+      'hidden': (2, 2, T, 16), 'q': (2, 2, T, 4, 6), 'k': (2, 2, T, 2, 6), 'v': (2, 2, T, 2, 6),
+      'attention': (2, 2, 4, T, T),
   }
   np.testing.assert_allclose(output.logits, _apply(params, tokens).logits, atol=2e-5)
   np.testing.assert_allclose(output.taps['attention'].sum(-1), 1, atol=1e-5)
   assert float(jnp.triu(output.taps['attention'], 1).max()) == 0
   # The last block's output, normalised, is what the head reads.
   last = np.asarray(output.taps['hidden'][-1])
-  normed = last / np.sqrt(np.mean(np.square(last), -1, keepdims=True) + CONFIG.norm_eps) * np.asarray(params['final_norm']['scale'])
+  scale = np.asarray(params['final_norm']['scale'])
+  normed = last / np.sqrt(np.mean(np.square(last), -1, keepdims=True) + CONFIG.norm_eps) * scale
   np.testing.assert_allclose(output.hidden, normed, atol=1e-5)
   cached = _apply(params, tokens, taps=('hidden', 'q'), cache=kv.init_cache(CONFIG, 2, T))
   _same(cached.taps, {name: output.taps[name] for name in ('hidden', 'q')}, atol=2e-5)
@@ -183,7 +188,8 @@ def test_logits_at(params):
   tokens, everywhere = _tokens(), _apply(params, _tokens()).logits
   some = jnp.array([[9, 0], [3, 3]])
   chosen = _apply(params, tokens, logits_at=some).logits
-  np.testing.assert_allclose(chosen, np.take_along_axis(np.asarray(everywhere), np.asarray(some)[..., None], 1), atol=1e-5)
+  expected = np.take_along_axis(np.asarray(everywhere), np.asarray(some)[..., None], 1)
+  np.testing.assert_allclose(chosen, expected, atol=1e-5)
   assert _apply(params, tokens, logits_at=()).logits is None
 
 

@@ -25,19 +25,23 @@ PROBLEMS = tiny.SUMS.problems('train', count=3)
 
 def annotation(problem, sample, completion, correct, *, finished=True):
   return records.Annotation(
-      problem=problem, prompt=tiny.SUMS.prompt(problem), completion=completion, num_tokens=9, correct=correct, finished=finished,
-      teacher=records.Teacher('t', 1, 'h'), sampling=SamplingParams(), sample=sample, config_hash='c',
+      problem=problem, prompt=tiny.SUMS.prompt(problem), completion=completion, num_tokens=9, correct=correct,
+      finished=finished, teacher=records.Teacher('t', 1, 'h'), sampling=SamplingParams(), sample=sample,
+      config_hash='c',
   )
 
 
 @pytest.fixture(scope='module')
 def path(tmp_path_factory):
-  """Two right samples of the first problem (and a copy of one), a cut one of the second, none that is right of the third."""
+  """Two right samples of the first problem (and a copy of one), a cut one of the second, none that is right of the
+  third.
+  """
   path = tmp_path_factory.mktemp('records') / 'annotations.jsonl'
   first, second, third = PROBLEMS
   records.write(path, [
-      annotation(first, 0, 'one way', True), annotation(first, 1, 'another way', True), annotation(first, 2, 'one way', True),
-      annotation(first, 3, 'wrong', False), annotation(second, 0, 'cut sho', True, finished=False),
+      annotation(first, 0, 'one way', True), annotation(first, 1, 'another way', True),
+      annotation(first, 2, 'one way', True), annotation(first, 3, 'wrong', False),
+      annotation(second, 0, 'cut sho', True, finished=False),
       annotation(third, 0, 'wrong', False), annotation(third, 1, 'who knows', None),
   ])
   return str(path)
@@ -65,7 +69,8 @@ def test_right_annotations_without_repetitions(path):
 def test_gold_for_the_same_prompts(path):
   """The control of distillation: the prompts of the right annotations, with the problems' own solutions."""
   worked = context.worked_examples(section(records=path, target='solution'))
-  assert [(item.problem, item.completion) for item in worked] == [(problem, f'#### {problem.answer}') for problem in PROBLEMS[:2]]
+  expected = [(problem, f'#### {problem.answer}') for problem in PROBLEMS[:2]]
+  assert [(item.problem, item.completion) for item in worked] == expected
 
 
 def test_problems_of_a_file_are_all_of_them_once(path):
@@ -74,8 +79,9 @@ def test_problems_of_a_file_are_all_of_them_once(path):
 
 
 @pytest.mark.parametrize('options, message', [
-    (dict(task='sum'), r"task 'sum' unknown \(did you mean 'sums'"), (dict(target='text'), "data.target 'text' unknown"),
-    (dict(target='completion'), 'needs data.records'), (dict(records='/nowhere.jsonl'), 'run the annotation first'),
+    (dict(task='sum'), r"task 'sum' unknown \(did you mean 'sums'"),
+    (dict(target='text'), "data.target 'text' unknown"), (dict(target='completion'), 'needs data.records'),
+    (dict(records='/nowhere.jsonl'), 'run the annotation first'),
 ])
 def test_wrong_sections(options, message):
   options = dict(options)
@@ -88,7 +94,8 @@ def test_unfiltered_targets_learn_from_wrong_annotations_too(tmp_path):
   records.write(path, [annotation(problem, 0, 'no idea', False) for problem in PROBLEMS[:2]])
   with pytest.raises(schema.ConfigError, match='nothing to learn from'):
     context.worked_examples(section(records=path, target='completion'))
-  assert [item.completion for item in context.worked_examples(section(records=path, target='unfiltered_completion'))] == ['no idea'] * 2
+  own = context.worked_examples(section(records=path, target='unfiltered_completion'))
+  assert [item.completion for item in own] == ['no idea'] * 2
   gold = context.worked_examples(section(records=path, target='unfiltered_solution'))
   assert [item.completion for item in gold] == [f'#### {problem.answer}' for problem in PROBLEMS[:2]]
 
@@ -105,7 +112,8 @@ def test_loss_lies_on_the_completion_and_its_end():
 
 @pytest.mark.parametrize('packing', context.PLANS)
 def test_data_sets_hold_every_example(packing):
-  source = context.dataset(section(count=6), schema.parse(context.BatchConfig, base.batch(6, 24, packing), 'batch'), CONTEXT)
+  batch = schema.parse(context.BatchConfig, base.batch(6, 24, packing), 'batch')
+  source = context.dataset(section(count=6), batch, CONTEXT)
   found = source.next(None, 0)
   assert found.inputs.shape == (6, 24)
   supervised = sum(len(f'#### {problem.answer}') + 1 for problem in tiny.SUMS.problems('train', count=6, seed=1))
@@ -116,7 +124,8 @@ def test_data_sets_hold_every_example(packing):
 def save(workdir, config, name='byte'):
   checkpoints.describe_model(workdir, config, name)
   opened = checkpoints.open_checkpoints(workdir)
-  params = jax.tree.map(lambda x: jnp.full(x.shape, 0.1, x.dtype), jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0))))
+  shapes = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
+  params = jax.tree.map(lambda x: jnp.full(x.shape, 0.1, x.dtype), shapes)
   opened.save(TrainState(jnp.asarray(1, jnp.int32), {'model': params}, {}, None), {})
   opened.close()
   return str(workdir)

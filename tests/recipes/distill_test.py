@@ -30,13 +30,17 @@ def params():
 
 @pytest.fixture(scope='module')
 def totals(params):
-  """{(divergence, teacher): (total, metrics)} of all divergences, with the student or a distorted copy as its teacher."""
+  """{(divergence, teacher): (total, metrics)} of all divergences, with the student or a distorted copy as its
+  teacher.
+  """
   distorted = jax.tree.map(lambda x: x * 1.5 + 0.02, params)
 
   @jax.jit
   def run(params):
     return {
-        (name, kind): distill.objective(loss_config(name), STUDENT, STUDENT).terms({'model': params}, tiny.random_batch(), {'teacher': teacher}, None)
+        (name, kind): distill.objective(loss_config(name), STUDENT, STUDENT).terms(
+            {'model': params}, tiny.random_batch(), {'teacher': teacher}, None,
+        )
         for name in DIVERGENCES for kind, teacher in (('itself', params), ('another', distorted))
     }
 
@@ -100,12 +104,15 @@ def test_hidden_states_by_hand(params, feature):
   @jax.jit
   def run(trained, teacher):
     states = [
-        context.forward(model, tree, batch, taps=('hidden',)).taps['hidden'] for model, tree in ((STUDENT, trained['model']), (OTHER, teacher))
+        context.forward(model, tree, batch, taps=('hidden',)).taps['hidden']
+        for model, tree in ((STUDENT, trained['model']), (OTHER, teacher))
     ]
     return objective.terms(trained, batch, {'teacher': teacher}, None)[0], *states
 
   terms, ours, theirs = run(trained, teacher)
-  distances = [FEATURES[feature](ours[s], theirs[t], projector=trained['projectors'][str(s)]) for s, t in ((0, 1), (1, 3))]
+  distances = [
+      FEATURES[feature](ours[s], theirs[t], projector=trained['projectors'][str(s)]) for s, t in ((0, 1), (1, 3))
+  ]
   expected = sum((np.asarray(distance) * batch.loss_mask).sum() for distance in distances)
   np.testing.assert_allclose(terms['hidden'][1], expected, rtol=1e-5)
   assert terms['hidden'][0] == 0.5
@@ -122,7 +129,8 @@ def test_the_teacher_gets_no_gradient(params):
   projectors = {str(i): jnp.eye(16) for i in range(2)}
 
   def loss(teacher):
-    terms, _ = objective.terms({'model': params, 'projectors': projectors}, tiny.random_batch(), {'teacher': teacher}, None)
+    trained = {'model': params, 'projectors': projectors}
+    terms, _ = objective.terms(trained, tiny.random_batch(), {'teacher': teacher}, None)
     return sum(weight * total for weight, total in terms.values())
 
   grads = jax.jit(jax.grad(loss))(jax.tree.map(lambda x: x * 1.1, params))

@@ -23,8 +23,8 @@ def run():
 
   @jax.jit
   def run(student, teacher, rollouts):
-    frozen = {'teacher': teacher}
-    return *objective.terms({'model': student}, rollouts, frozen, None), plain.terms({'model': student}, rollouts.batch, frozen, None)[0]
+    params, frozen = {'model': student}, {'teacher': teacher}
+    return *objective.terms(params, rollouts, frozen, None), plain.terms(params, rollouts.batch, frozen, None)[0]
 
   return run
 
@@ -41,8 +41,9 @@ def test_it_is_the_divergence_on_sampled_tokens(run, params):
   assert terms['tokens'][1] == plain['tokens'][1] > 0
   assert {'reward', 'unscorable', 'completion_tokens', 'reverse_kl'} <= metrics.keys()
   assert metrics['reverse_kl'].count == rollouts.batch.loss_mask.sum()
-  half = rollouts._replace(batch=rollouts.batch._replace(loss_mask=rollouts.batch.loss_mask * (np.arange(8) < 4)[:, None]))
-  rest = rollouts._replace(batch=rollouts.batch._replace(loss_mask=rollouts.batch.loss_mask * (np.arange(8) >= 4)[:, None]))
+  batch, first = rollouts.batch, (np.arange(8) < 4)[:, None]
+  half = rollouts._replace(batch=batch._replace(loss_mask=batch.loss_mask * first))
+  rest = rollouts._replace(batch=batch._replace(loss_mask=batch.loss_mask * ~first))
   parts = [run(params, teacher, part)[0]['tokens'][1] for part in (half, rest)]
   np.testing.assert_allclose(sum(parts), terms['tokens'][1], rtol=1e-5)
   assert jnp.all(jnp.array(parts) > 0)

@@ -1,4 +1,6 @@
-"""GRPO through its real parts: the trainer sees the sampler's log-probabilities, and the gradient is the policy gradient."""
+"""GRPO through its real parts: the trainer sees the sampler's log-probabilities, and the gradient is the policy
+gradient.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +42,8 @@ def section(**options):
 def rollouts(params):
   """{temperature: Rollouts of the recipe's own source}."""
   return {
-      temperature: policy_gradient.build(section(temperature=temperature), CONTEXT).source.next(params, 0) for temperature in (1.0, 0.7)
+      temperature: policy_gradient.build(section(temperature=temperature), CONTEXT).source.next(params, 0)
+      for temperature in (1.0, 0.7)
   }
 
 
@@ -144,7 +147,8 @@ def with_choice(kind, name, **options):
 def test_every_choice_builds_and_says_what_it_is(config):
   recipe = policy_gradient.build(config, CONTEXT)
   resolved = recipe.objective.resolved
-  assert resolved['advantage'].startswith(config.advantage.name) and resolved['surrogate'].startswith(config.surrogate.name)
+  assert resolved['advantage'].startswith(config.advantage.name)
+  assert resolved['surrogate'].startswith(config.surrogate.name)
   assert recipe.objective.denominators(tiny.random_rollouts())['policy'] > 0
 
 

@@ -23,7 +23,9 @@ def params():
 @pytest.fixture(scope='module')
 def logits(params):
   batch = tiny.random_batch()
-  model = functools.partial(transformer.Transformer(MODEL).apply, positions=batch.positions, segment_ids=batch.segment_ids)
+  model = functools.partial(
+      transformer.Transformer(MODEL).apply, positions=batch.positions, segment_ids=batch.segment_ids,
+  )
   return np.asarray(jax.jit(lambda params: model({'params': params}, batch.inputs).logits)(params['model']))
 
 

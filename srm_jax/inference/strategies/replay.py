@@ -25,7 +25,9 @@ def replay(pool: Sequence[Sequence[Completion]]) -> Generate:
 
 def _check(prompt, group, samples):
   if len(group) < samples:
-    raise ValueError(f'prompt {prompt.id!r} has {len(group)} completions in the pool, {samples} are asked for; draw more')
+    raise ValueError(
+        f'prompt {prompt.id!r} has {len(group)} completions in the pool, {samples} are asked for; draw more'
+    )
   if group[0].prompt.text != prompt.text:
     raise ValueError(
         f'prompt {prompt.id!r} was drawn for another text ({group[0].prompt.text!r}, now {prompt.text!r}); '

@@ -32,7 +32,9 @@ def _majority(group, answers):
   return group[answers.index(winner)]
 
 
-def best_of_n(generate: Generate, *, score: Callable[[Sequence[Completion]], Sequence[float]], samples: int) -> Generate:
+def best_of_n(
+    generate: Generate, *, score: Callable[[Sequence[Completion]], Sequence[float]], samples: int,
+) -> Generate:
   """The completion of highest score among `samples`, ties to the first.
 
   score maps completions to numbers, with a reward model or the log-probabilities of a teacher; it is called once for

@@ -22,7 +22,9 @@ def test_self_consistency(texts, winner):
   assert completion.spent == Spent(9 * len(texts), sum(map(len, texts)), 0)
 
 
-@pytest.mark.parametrize('texts, winner', [(['a', 'bbb', 'cc'], 'bbb'), (['aa', 'bb', 'c'], 'aa'), (['', '', 'z'], 'z')])
+@pytest.mark.parametrize('texts, winner', [
+    (['a', 'bbb', 'cc'], 'bbb'), (['aa', 'bb', 'c'], 'aa'), (['', '', 'z'], 'z'),
+])
 def test_best_of_n(texts, winner):
   (completion,), = STRATEGIES['best_of_n'](fake(texts), score=length_score, samples=3)([PROMPT], SamplingParams())
   tokens = sum(map(len, texts))
@@ -35,7 +37,9 @@ def test_choices_are_made_group_by_group():
   assert [completion.text for completion in strategy([PROMPT], SamplingParams(samples=2))[0]] == ['bb', 'cccc']
 
 
-@pytest.mark.parametrize('name, options', [('self_consistency', {'extract': answer}), ('best_of_n', {'score': length_score})])
+@pytest.mark.parametrize('name, options', [
+    ('self_consistency', {'extract': answer}), ('best_of_n', {'score': length_score}),
+])
 def test_no_samples_is_an_error(name, options):
   with pytest.raises(ValueError, match='samples=0'):
     STRATEGIES[name](fake([]), samples=0, **options)

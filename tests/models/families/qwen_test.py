@@ -49,7 +49,8 @@ def _peer(name, config):
       vocab_size=config.vocab_size, hidden_size=config.embed_dim, intermediate_size=config.mlp_dim,
       num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads, head_dim=config.head_dim,
       num_key_value_heads=config.num_kv_heads, max_position_embeddings=config.max_length, rms_norm_eps=config.norm_eps,
-      rope_parameters={'rope_type': 'default', 'rope_theta': config.rope_base}, tie_word_embeddings=config.tie_embeddings,
+      rope_parameters={'rope_type': 'default', 'rope_theta': config.rope_base},
+      tie_word_embeddings=config.tie_embeddings,
   )
   torch.manual_seed(0)
   model = getattr(transformers, f'{name}ForCausalLM')(shape).eval()
@@ -65,7 +66,9 @@ def _ours(config, weights):
   def leaf(path, abstract):
     keys = [part.key for part in path if hasattr(part, 'key')]
     if keys[0] != 'layers':
-      theirs = {'embedding': 'model.embed_tokens.weight', 'head': 'lm_head.weight', 'final_norm': 'model.norm.weight'}[keys[0]]
+      theirs = {
+          'embedding': 'model.embed_tokens.weight', 'head': 'lm_head.weight', 'final_norm': 'model.norm.weight',
+      }[keys[0]]
       return jnp.asarray(weights[theirs].T if keys[0] == 'head' else weights[theirs])
     theirs = WEIGHTS['/'.join(keys[1:])]
     stacked = [weights[f'model.layers.{i}.{theirs}'] for i in range(config.num_layers)]
