@@ -89,7 +89,7 @@ install() {
   rm -f "$venv/installed"
   install_sat_solver
   "$venv_python" -m pip install --no-compile --progress-bar off --disable-pip-version-check \
-    -c experiments/constraints.txt -e ".[$1]" 2>&1 |
+    -c experiments/constraints.txt -e ".${1:+[$1]}" 2>&1 |
     tee "$log" | while IFS= read -r line; do
       case $line in
         Collecting*|Building*|Installing*) [ ! -t 2 ] || printf '\r\033[K  %.70s' "$line" >&2 ;;

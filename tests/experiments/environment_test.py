@@ -105,6 +105,13 @@ def test_installs_once_and_keeps_earlier_extras(machine):
   assert '.[test,notebooks]' in prepare(machine, 'test')[2]
 
 
+def test_no_extra_asks_pip_for_none(machine):
+  pretend(machine / 'bin/python3', '3.13')
+  told = prepare(machine)[2].split()
+  assert told[-2:] == ['-e', '.']
+  assert prepare(machine)[2] == ''
+
+
 def test_interrupted_or_failed_install_is_done_afresh(machine):
   pretend(machine / 'bin/python3', '3.13')
   code, said, _ = prepare(machine, PIP_FAILS='1')
