@@ -21,7 +21,7 @@ def show_progress_of_library():
   logger.addHandler(handler)
   logger.setLevel(logging.INFO)
   logger.propagate = False
-  for name in ('absl', 'jax', 'jax._src.xla_bridge', 'orbax'):
+  for name in ('absl', 'jax', 'jax._src.xla_bridge', 'orbax', 'matplotlib'):
     logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -180,22 +181,30 @@ PRESETS: dict[str, dict[str, Mapping[str, Mapping[str, Any]]]] = {
 }
 
 
-def _dataset(family: str, settings: Mapping[str, Any], seed: int) -> Any:
-  import reasoning_gym  # two seconds, and tasks that do not generate never need it
+@functools.cache
+def _reasoning_gym() -> Any:
+  """The package, which takes two seconds, so that tasks that do not generate never import it.
 
+  Python warns of code that it compiles for the first time; a user can do nothing about that of a dependency.
+  """
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore', SyntaxWarning)
+    import reasoning_gym
+  return reasoning_gym
+
+
+def _dataset(family: str, settings: Mapping[str, Any], seed: int) -> Any:
   if family not in FAMILIES:
     raise ValueError(f'family {family!r} unknown; choose from {", ".join(FAMILIES)}')
   try:
-    return reasoning_gym.create_dataset(family, seed=seed, size=2**31, **{**FAMILIES[family].settings, **settings})
+    return _reasoning_gym().create_dataset(family, seed=seed, size=2**31, **{**FAMILIES[family].settings, **settings})
   except (TypeError, AssertionError) as error:
     raise ValueError(f'family {family!r} refuses {dict(settings)}: {error}') from error
 
 
 @functools.cache
 def _animal_legs() -> Mapping[str, int]:
-  from reasoning_gym.arithmetic.leg_counting import ANIMALS
-
-  return ANIMALS
+  return _reasoning_gym().arithmetic.leg_counting.ANIMALS
 
 
 @functools.cache
