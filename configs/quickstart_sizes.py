@@ -28,7 +28,8 @@ SIZES = {
     ),
     'arithmetic_mix/smoke': dict(
         teacher_problems=2000, gold=200, prompts=64, rl_problems=200, dev=32, test=64, hard=32, votes=4,
-        annotations_used='unfiltered_', steps=dict(teacher=40, base=10, arm=6, rl=2),
+        new_tokens=64, decode_rows=64, opd_prompts=8, rl_prompts=4, annotations_used='unfiltered_',
+        steps=dict(teacher=20, base=10, arm=6, rl=2),
     ),
     'gsm8k': _GSM8K,
     'gsm8k/full': dict(

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests: bash tests/run.sh [--all] [pytest's own options and paths]
-# --all adds what is marked slow (notebooks, kill tests, every family's parity) and, where it exists, the
+# --all adds what is marked slow (kill tests, every family's parity) and, where it exists, the
 # TPU compiler for plan. Real data is found through SRM_DATA_DIR.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
