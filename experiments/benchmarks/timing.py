@@ -1,5 +1,6 @@
 """Timing of competitors in turns, so that a machine's moods hit all of them alike."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -11,16 +12,28 @@ class Timing(NamedTuple):
 
   wall: float
   processor: float
+  rounds: int
 
 
-def interleaved(runs: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, Timing]:
-  """Times every run once a round, A B A B, after one untimed run each (compilation). A run returns when it is done."""
-  for run in runs.values():
-    run()
-  seconds = {name: [] for name in runs}
+def interleaved(
+    runs: Mapping[str, Callable[[], object]], *, rounds: int, patience: float = math.inf
+) -> dict[str, Timing]:
+  """Times every run once a round, A B A B, after one untimed run each (compilation). A run returns when it is done.
+
+  Args:
+    patience: seconds; a run whose first call took longer stands by that call alone, as a single round.
+  """
+  firsts = {name: _timed(run) for name, run in runs.items()}
+  seconds = {name: [first] if first[0] > patience else [] for name, first in firsts.items()}
+  patient = [name for name in runs if not seconds[name]]
   for _ in range(rounds):
-    for name, run in runs.items():
-      wall, processor = time.perf_counter(), time.process_time()
-      run()
-      seconds[name].append((time.perf_counter() - wall, time.process_time() - processor))
-  return {name: Timing(*map(statistics.median, zip(*rows))) for name, rows in seconds.items()}
+    for name in patient:
+      seconds[name].append(_timed(runs[name]))
+  return {name: Timing(*map(statistics.median, zip(*rows)), len(rows)) for name, rows in seconds.items()}
+
+
+def _timed(run: Callable[[], object]) -> tuple[float, float]:
+  """Seconds on the clock and of all processors that a call takes."""
+  wall, processor = time.perf_counter(), time.process_time()
+  run()
+  return time.perf_counter() - wall, time.process_time() - processor
