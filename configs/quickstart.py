@@ -2,7 +2,7 @@
 
 Run: bash experiments/quickstart.sh                    (two CPU cores, 12 minutes)
      bash experiments/quickstart.sh --task=gsm8k       (human-written problems; $SRM_DATA_DIR or a network)
-     bash experiments/quickstart.sh --smoke            (two minutes, to see it run)
+     bash experiments/quickstart.sh --smoke            (90 seconds, to see it run)
 Expected: experiments/quickstart/reference.json, five seeds.
 """
 

@@ -28,6 +28,8 @@ SIZES = {
     ),
     'arithmetic_mix/smoke': dict(
         teacher_problems=2000, gold=200, prompts=64, rl_problems=200, dev=32, test=64, hard=32, votes=4,
+        teacher=dict(embed_dim=64, num_layers=2, num_heads=4, mlp_dim=192),  # compiling takes most of the time
+        student=dict(embed_dim=32, num_layers=1, num_heads=4, mlp_dim=96),
         new_tokens=64, decode_rows=64, opd_prompts=8, rl_prompts=4, annotations_used='unfiltered_',
         steps=dict(teacher=20, base=10, arm=6, rl=2),
     ),
