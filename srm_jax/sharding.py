@@ -24,6 +24,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     'mlp': 'tensor',
     'norm': None,
     'layers': None,
+    'experts': None,  # their products are ragged: a split axis would be gathered first
     # activations
     'batch': TOKEN_AXES,
     'time': None,

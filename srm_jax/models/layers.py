@@ -1,7 +1,8 @@
-"""Parameterised pieces of a block: projections, RMS norm, rotary embedding, gated MLP."""
+"""Parameterised pieces of a block: projections, RMS norm, gated MLP."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -9,6 +10,12 @@ import jax.numpy as jnp
 
 from srm_jax.models.config import TransformerConfig
 from srm_jax.sharding import constrain
+
+
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    'silu': nn.silu,
+    'gelu_tanh': functools.partial(nn.gelu, approximate=True),
+}
 
 
 def _fan_in(fan_in: int):
@@ -72,7 +79,7 @@ class Projection(nn.Module):
 
 
 class RMSNorm(nn.Module):
-  """y = x / rms(x) * w over the last axis, in float32.
+  """y = x / rms(x) * (norm_offset + w) over the last axis, in float32.
 
   Reference: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
   """
@@ -81,35 +88,19 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x):
+    offset = self.config.norm_offset
+    init = nn.initializers.constant(1.0 - offset)
     scale = self.param(
-        'scale', nn.with_logical_partitioning(nn.initializers.ones, ('norm',)), (x.shape[-1],),
-        jnp.dtype(self.config.param_dtype),
+        'scale', nn.with_logical_partitioning(init, ('norm',)), (x.shape[-1],), jnp.dtype(self.config.param_dtype)
     )
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.config.norm_eps)
-    y = x32 * inverse * jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))
+    y = x32 * inverse * jnp.expand_dims(offset + scale.astype(jnp.float32), range(x.ndim - 1))
     return y.astype(self.config.dtype)
 
 
-def rotary_angles(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
-  """cos and sin of the rotary angles, float32: positions [B, T] -> two arrays [B, T, head_dim / 2]."""
-  frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-  angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
-  return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Rotary embedding of x [B, T, H, D]: coordinate i is paired with i + D/2, as in the Llama checkpoints.
-
-  Reference: Su et al., RoFormer, arXiv:2104.09864.
-  """
-  cos, sin = (angle[:, :, None, :] for angle in angles)
-  left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
-
-
 class GatedMLP(nn.Module):
-  """y = (silu(x W_gate) * x W_up) W_down.
+  """y = (activation(x W_gate) * x W_up) W_down.
 
   Reference: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
   """
@@ -121,5 +112,5 @@ class GatedMLP(nn.Module):
     c = self.config
     gate = Projection(c, (c.embed_dim, c.mlp_dim), ('embed', 'mlp'), name='gate')(x)
     up = Projection(c, (c.embed_dim, c.mlp_dim), ('embed', 'mlp'), name='up')(x)
-    hidden = constrain(nn.silu(gate) * up, 'batch', 'time', 'act_mlp')
+    hidden = constrain(ACTIVATIONS[c.activation](gate) * up, 'batch', 'time', 'act_mlp')
     return Projection(c, (c.mlp_dim, c.embed_dim), ('mlp', 'embed'), name='down')(hidden)

@@ -2,8 +2,8 @@
 
   x = embedding[inputs];  per layer: x += attention(norm(x)); x += mlp(norm(x));  hidden = norm(x)
 
-Training scans the block over stacked parameters with rematerialisation; decoding unrolls it over a tuple of
-per-layer parameters and an explicit cache. Both call the same `Block`.
+Training scans over stacked parameters with rematerialisation, one period of the layer pattern an iteration; decoding
+unrolls over a tuple of per-layer parameters and an explicit cache. Both call the same `Block`.
 """
 
 import functools
@@ -17,7 +17,9 @@ from srm_jax.models import cache as kv
 from srm_jax.models import heads
 from srm_jax.models.attention import Attention, Visibility
 from srm_jax.models.config import TransformerConfig
-from srm_jax.models.layers import GatedMLP, RMSNorm, rotary_angles
+from srm_jax.models.experts import Experts
+from srm_jax.models.layers import GatedMLP, RMSNorm
+from srm_jax.models.rope import angles as rotary_angles
 from srm_jax.sharding import constrain, logical_names
 from srm_jax.types import Params
 
@@ -37,29 +39,37 @@ class Output(NamedTuple):
 
 
 class Block(nn.Module):
-  """Pre-norm attention and MLP with residuals."""
+  """Attention and MLP with residuals, each normalised before and, with post_norms, after.
+
+  kind is the layer's letter in config.pattern.
+  """
 
   config: TransformerConfig
+  kind: str = 'g'
   taps: tuple[str, ...] = ()
 
   @nn.compact
   def __call__(self, x, angles, visible: Visibility, layer_cache=None):
-    """x [B, T, D] -> (x [B, T, D], (layer cache, {tap: array}))."""
-    normed = RMSNorm(self.config, name='attention_norm')(x)
-    mixed, layer_cache, seen = Attention(self.config, name='attention')(normed, angles, visible, layer_cache, self.taps)
-    x = x + mixed
-    x = x + GatedMLP(self.config, name='mlp')(RMSNorm(self.config, name='mlp_norm')(x))
+    """x [B, T, D], angles {kind: cos and sin} -> (x [B, T, D], (layer cache, {tap: array}))."""
+    c = self.config
+    mixed, layer_cache, seen = Attention(c, self.kind, name='attention')(
+        RMSNorm(c, name='attention_norm')(x), angles[self.kind], visible, layer_cache, self.taps
+    )
+    x = x + (RMSNorm(c, name='attention_post_norm')(mixed) if c.post_norms else mixed)
+    mixed = (Experts if c.num_experts else GatedMLP)(c, name='mlp')(RMSNorm(c, name='mlp_norm')(x))
+    x = x + (RMSNorm(c, name='mlp_post_norm')(mixed) if c.post_norms else mixed)
     x = constrain(x, 'batch', 'time', 'features')
     if 'hidden' in self.taps:
       seen['hidden'] = x
     return x, (layer_cache, seen)
 
 
-def _remat(block, policy: str):
+def _remat(apply, policy: str, *, scanned: bool):
+  """Outside a loop the compiler could merge the second forward pass with the first, and must be kept from it."""
   if policy == 'none':
-    return block
+    return apply
   dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-  return nn.remat(block, prevent_cse=False, policy=dots if policy == 'dots' else None)
+  return jax.checkpoint(apply, prevent_cse=not scanned, policy=dots if policy == 'dots' else None)
 
 
 class Transformer(nn.Module):
@@ -95,35 +105,66 @@ class Transformer(nn.Module):
       init = nn.with_logical_partitioning(nn.initializers.normal(c.embed_dim**-0.5), ('embed', 'vocab'))
       self.param('head', init, (c.embed_dim, c.vocab_size), jnp.dtype(c.param_dtype))
     x = constrain(embedding[inputs].astype(c.dtype), 'batch', 'time', 'features')  # gradients add up in param_dtype
-    angles = rotary_angles(positions, c.head_dim, c.rope_base)
-    if cache is None:
+    if c.embed_scale != 1.0:
+      x = x * jnp.asarray(c.embed_scale, c.dtype)
+    angles = {kind: rotary_angles(c, positions, segment_ids, kind) for kind in sorted(set(c.pattern))}
+    if self.is_initializing():
+      x, seen = self._create(x, angles, Visibility(segment_ids, segment_ids, 0)), {}
+    elif cache is None:
       x, seen = self._scan(x, angles, Visibility(segment_ids, segment_ids, 0), tuple(taps))
     else:
       x, cache, seen = self._unroll(x, angles, segment_ids, cache, tuple(taps))
     hidden = RMSNorm(c, name='final_norm')(x)
     return Output(hidden, self._logits(hidden, logits_at), cache, seen)
 
-  def _scan(self, x, angles, visible, taps):
+  def _create(self, x, angles, visible):
+    """Makes the parameters of all layers, stacked: layers of every kind have the same."""
     c = self.config
-    scanned = nn.scan(
-        _remat(Block, c.remat), variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=nn.broadcast,
-        length=c.num_layers, unroll=c.unroll, metadata_params={nn.PARTITION_NAME: 'layers'},
+    stacked = nn.scan(
+        Block, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=nn.broadcast, length=c.num_layers,
+        metadata_params={nn.PARTITION_NAME: 'layers'},
     )
-    x, (_, seen) = scanned(c, taps, name='layers')(x, angles, visible)
+    return stacked(c, c.pattern[0], name='layers')(x, angles, visible)[0]
+
+  def _scan(self, x, angles, visible, taps):
+    """Iterations of whole periods of the pattern, and what is left over after them."""
+    c = self.config
+    period = max(c.unroll, len(c.pattern))
+    layers = self.variables['params']['layers']
+    loops, rest = divmod(c.num_layers, period)
+    whole = jax.tree.map(lambda leaf: leaf[: loops * period].reshape(loops, period, *leaf.shape[1:]), layers)
+
+    def some(x, stacked, *, scanned):
+      count, collected = jax.tree.leaves(stacked)[0].shape[0], []
+      for layer, params in enumerate(_split_layers(stacked, count)):
+        block = _remat(Block(c, c.kind(layer), taps, parent=None).apply, c.remat, scanned=scanned)
+        x, (_, seen) = block({'params': params}, x, angles, visible)
+        collected.append(seen)
+      return x, _stack(collected)
+
+    x, seen = jax.lax.scan(functools.partial(some, scanned=True), x, whole)
+    seen = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), seen)
+    if rest:
+      x, last = some(x, jax.tree.map(lambda leaf: leaf[loops * period :], layers), scanned=False)
+      seen = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), seen, last)
     return x, seen
 
   def _unroll(self, x, angles, segment_ids, cache: kv.Cache, taps):
     segments = kv.write_segments(cache, segment_ids)
     visible = Visibility(segment_ids, segments, cache.index)
-    block = jax.jit(Block(self.config, taps, parent=None).apply)  # traced and lowered once, not once a layer
-    collected, keys, values = [], [], []
-    for params, key, value in zip(layer_params(self.variables['params']), cache.keys, cache.values, strict=True):
-      x, ((key, value), seen) = block({'params': params}, x, angles, visible, (key, value, cache.index))
+    c, collected, keys, values = self.config, [], [], []
+    # Traced and lowered once a kind, not once a layer.
+    blocks = {kind: jax.jit(Block(c, kind, taps, parent=None).apply) for kind in set(c.pattern)}
+    layers = zip(layer_params(self.variables['params']), cache.keys, cache.values, strict=True)
+    for layer, (params, key, value) in enumerate(layers):
+      x, ((key, value), seen) = blocks[c.kind(layer)](
+          {'params': params}, x, angles, visible, (key, value, cache.index)
+      )
       keys.append(key)
       values.append(value)
       collected.append(seen)
-    stacked = {name: jnp.stack([seen[name] for seen in collected]) for name in taps}
-    return x, kv.Cache(tuple(keys), tuple(values), segments, cache.index + segment_ids.shape[1]), stacked
+    index = cache.index + segment_ids.shape[1]
+    return x, kv.Cache(tuple(keys), tuple(values), segments, index), _stack(collected)
 
   def _logits(self, hidden, logits_at):
     if logits_at is None:
@@ -132,6 +173,19 @@ class Transformer(nn.Module):
       return None
     rows = jnp.arange(hidden.shape[0])[:, None]
     return heads.logits(self.config, self.variables['params'], hidden[rows, logits_at])
+
+
+def _stack(collected):
+  """One tree a layer -> one tree with a leading axis of layers."""
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *collected)
+
+
+def _split_layers(stacked, count: int):
+  """`count` trees from one with a leading axis; gradients are put back by one concatenation, not by adding padded ones.
+  """
+  leaves, tree = jax.tree.flatten(stacked)
+  parts = [jax.lax.split(leaf, (1,) * count, axis=0) for leaf in leaves]
+  return [jax.tree.unflatten(tree, [part[i][0] for part in parts]) for i in range(count)]
 
 
 def layer_params(params: Params) -> tuple[Any, ...]:

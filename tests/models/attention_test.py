@@ -20,20 +20,21 @@ def _arrays(slots=T, dtype=jnp.float32):
   return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def _reference(queries, keys, values, query_segments, key_segments, offset):
+def _reference(queries, keys, values, query_segments, key_segments, offset, window=100):
   """One query at a time, head h with key head h // G."""
   out, weights = np.zeros(queries.shape), np.zeros((B, H, T, keys.shape[2]))
   for b, t, h in np.ndindex(B, T, H):
-    seen = [s for s in range(keys.shape[2]) if s <= offset + t and key_segments[b, s] == query_segments[b, t]]
+    near = range(max(0, offset + t - window + 1), min(offset + t + 1, keys.shape[2]))
+    seen = [s for s in near if key_segments[b, s] == query_segments[b, t]]
     scores = np.array([np.dot(queries[b, t, h], keys[b, h // (H // K), s]) for s in seen]) / np.sqrt(D)
     weights[b, h, t, seen] = np.exp(scores) / np.exp(scores).sum()
     out[b, t, h] = weights[b, h, t] @ values[b, h // (H // K)]
   return out, weights
 
 
-def _dense(queries, keys, values, visible):
+def _dense(queries, keys, values, visible, window=0):
   """The same by plain operations, for automatic differentiation."""
-  weights = attention.attention_weights(queries, keys, visible)
+  weights = attention.attention_weights(queries, keys, visible, window=window)
   return jnp.einsum('bhts,bhsd->bthd', weights, jnp.repeat(values, H // K, axis=1))
 
 
@@ -60,6 +61,42 @@ def test_several_queries_against_a_longer_buffer():
   expected, _ = _reference(*map(np.asarray, (queries, keys, values)), query_segments, key_segments, offset)
   visible = Visibility(query_segments, key_segments, jnp.asarray(offset))
   np.testing.assert_allclose(attention.attend(queries, keys, values, visible), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('offset', [0, 3])
+def test_window_and_scale_equal_the_loop(offset):
+  """The scale stands for 1/sqrt(D), which the loop divides by: queries are multiplied by what is missing."""
+  queries, keys, values, _ = _arrays(T + offset)
+  query_segments, key_segments = np.ones((B, T), np.int32), np.ones((B, T + offset), np.int32)
+  scaled = np.asarray(queries) * 0.7 * np.sqrt(D)
+  expected, weights = _reference(scaled, *map(np.asarray, (keys, values)), query_segments, key_segments, offset, 3)
+  visible = Visibility(query_segments, key_segments, jnp.asarray(offset))
+  how = dict(window=3, scale=0.7)
+  np.testing.assert_allclose(attention.attend(queries, keys, values, visible, **how), expected, atol=1e-5)
+  np.testing.assert_allclose(attention.attention_weights(queries, keys, visible, **how), weights, atol=1e-6)
+
+
+@pytest.mark.parametrize('chunk, window', [(2, 2), (3, 1), (2, 4), (3, 5)])  # two read slices of the keys, two all
+@pytest.mark.parametrize('slots', [T, T + 4])
+def test_blocks_within_a_window_equal_all_at_once(monkeypatch, chunk, window, slots):
+  segments = np.pad(SEGMENTS, ((0, 0), (slots - T, 0)), mode='edge')
+  arrays, visible = _arrays(slots), Visibility(SEGMENTS, segments, jnp.asarray(slots - T))
+  near = functools.partial(attention.attend, window=window)
+  whole = _value_and_gradients(near, *arrays, visible)
+  monkeypatch.setattr(attention, 'ATTENTION_CHUNK', chunk)
+  blocks = _value_and_gradients(lambda *args: near(*args), *arrays, visible)
+  real = (SEGMENTS > 0)[..., None, None]  # padding sees whatever there is
+  np.testing.assert_allclose(np.where(real, blocks[0], 0), np.where(real, whole[0], 0), atol=2e-5)
+
+
+def test_gradients_within_a_window_equal_automatic_differentiation(monkeypatch):
+  ones = np.ones((B, T), np.int32)
+  arrays, visible = _arrays(), Visibility(ones, ones, 0)
+  dense = _value_and_gradients(functools.partial(_dense, window=2), *arrays, visible)
+  for chunk in (100, 3):  # all at once; blocks that read slices of the keys
+    monkeypatch.setattr(attention, 'ATTENTION_CHUNK', chunk)
+    ours = _value_and_gradients(functools.partial(attention.attend, window=2), *arrays, visible)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours, dense)
 
 
 def test_gradients_equal_automatic_differentiation():

@@ -1,5 +1,7 @@
 """Pieces of a block against hand values, reference formulas and automatic differentiation."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 from srm_jax.models import layers
-from srm_jax.models.config import TransformerConfig
+from srm_jax.models.config import ACTIVATIONS, TransformerConfig
 
 CONFIG = TransformerConfig(
     vocab_size=7, num_layers=1, embed_dim=6, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=10, norm_eps=1e-3
@@ -69,30 +71,6 @@ def test_rms_norm_by_hand():
   np.testing.assert_allclose(_init(norm, x)['scale'], [1.0, 1.0])
 
 
-def test_rotary_turns_coordinate_i_with_i_plus_half():
-  angles = layers.rotary_angles(jnp.array([[0, 3]]), 4, 100.0)
-  x = jnp.array([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4) * jnp.ones((1, 2, 1, 1))
-  y = layers.rotate(x, angles)[0, :, 0]
-  slow = 3 * 100**-0.5
-  expected = [
-      np.cos(3) - 3 * np.sin(3), 2 * np.cos(slow) - 4 * np.sin(slow), 3 * np.cos(3) + np.sin(3),
-      4 * np.cos(slow) + 2 * np.sin(slow),
-  ]
-  np.testing.assert_allclose(y[0], [1, 2, 3, 4])
-  np.testing.assert_allclose(y[1], expected, rtol=1e-5)
-
-
-def test_rotary_products_depend_on_distance_alone():
-  q, k = _normal(0, 1, 1, 1, 8), _normal(1, 1, 1, 1, 8)
-
-  def score(at, of):
-    turned = [layers.rotate(x, layers.rotary_angles(jnp.array([[p]]), 8, 50.0)) for x, p in ((q, at), (k, of))]
-    return float(jnp.sum(turned[0] * turned[1]))
-
-  assert score(9, 4) == pytest.approx(score(105, 100), abs=1e-4)
-  assert score(9, 4) != pytest.approx(score(9, 5), abs=1e-2)
-
-
 def test_gated_mlp():
   x = _normal(0, 2, 3, 6)
   mlp = layers.GatedMLP(CONFIG)
@@ -101,3 +79,20 @@ def test_gated_mlp():
   gated = np.asarray(x) @ gate
   expected = (gated / (1 + np.exp(-gated)) * (np.asarray(x) @ up)) @ down
   np.testing.assert_allclose(mlp.apply({'params': params}, x), expected, atol=1e-5)
+
+
+def test_norm_with_an_offset_starts_and_stays_around_one():
+  config = dataclasses.replace(CONFIG, norm_offset=1.0)
+  x = jnp.array([[3.0, 4.0]])
+  np.testing.assert_array_equal(_init(layers.RMSNorm(config), x)['scale'], [0.0, 0.0])
+  y = layers.RMSNorm(config).apply({'params': {'scale': jnp.array([1.0, -2.0])}}, x)
+  plain = layers.RMSNorm(CONFIG).apply({'params': {'scale': jnp.array([2.0, -1.0])}}, x)
+  np.testing.assert_allclose(y, plain, rtol=1e-6)
+
+
+def test_activations_by_hand():
+  x = np.array([-2.0, 0.0, 0.5, 3.0])
+  tanh = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+  np.testing.assert_allclose(layers.ACTIVATIONS['gelu_tanh'](jnp.asarray(x)), tanh, atol=1e-6)
+  np.testing.assert_allclose(layers.ACTIVATIONS['silu'](jnp.asarray(x)), x / (1 + np.exp(-x)), atol=1e-6)
+  assert set(layers.ACTIVATIONS) == set(ACTIVATIONS)

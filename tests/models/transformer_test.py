@@ -128,6 +128,75 @@ def test_unroll_and_remat_change_nothing(params, change):
   _same(changed, _loss_and_gradient(params, tokens), rtol=2e-4, atol=2e-6)
 
 
+# Seven layers: periods of the pattern, and a rest. Locals see three tokens and have a rotary base of their own.
+MIXED = dataclasses.replace(
+    CONFIG, num_layers=7, pattern='lgn', window=3, local_rope_base=50.0, norm_offset=1.0, post_norms=True,
+    embed_scale=2.0, activation='gelu_tanh', rope_dim=4, query_scale=0.3,
+)
+EXPERTS = dataclasses.replace(CONFIG, num_experts=5, experts_per_token=2)
+
+
+@functools.cache
+def _random(config):
+  made = _init(config)
+  return jax.tree.map(lambda leaf: leaf + 0.2 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), made)
+
+
+@pytest.mark.parametrize('config', [MIXED, EXPERTS])
+def test_scan_equals_unrolled_decoding(config):
+  tokens, cache, parts = _tokens(), kv.init_cache(config, 2, 16), []
+  for start, stop in ((0, 4), (4, 5), (5, T)):
+    output = _apply(_random(config), tokens[:, start:stop], config=config, cache=cache)
+    cache = output.cache
+    parts.append(output.logits)
+  whole = _apply(_random(config), tokens, config=config).logits
+  np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=5e-5)
+
+
+@pytest.mark.parametrize('change', [{'remat': 'full'}, {'remat': 'dots'}])
+def test_remat_of_a_mixed_pattern_changes_nothing(change):
+  changed = _loss_and_gradient(_random(MIXED), _tokens(), config=dataclasses.replace(MIXED, **change))
+  _same(changed, _loss_and_gradient(_random(MIXED), _tokens(), config=MIXED), rtol=5e-4, atol=5e-6)
+
+
+def test_taps_of_a_mixed_pattern_are_in_the_order_of_layers():
+  whole = _apply(_random(MIXED), _tokens(), config=MIXED, taps=('hidden', 'attention'))
+  cached = _apply(_random(MIXED), _tokens(), config=MIXED, taps=('hidden',), cache=kv.init_cache(MIXED, 2, T))
+  assert whole.taps['hidden'].shape[0] == MIXED.num_layers
+  np.testing.assert_allclose(whole.taps['hidden'], cached.taps['hidden'], atol=5e-5)
+  weights = np.asarray(whole.taps['attention'])  # [N, B, H, T, S]
+  beyond = np.tril(np.ones((T, T), bool), -MIXED.window)
+  for layer in range(MIXED.num_layers):
+    assert (weights[layer][..., beyond].max() > 0) == (MIXED.kind(layer) != 'l')
+
+
+def test_the_window_ends_what_a_layer_can_see():
+  """With local layers alone, token t depends on the last layers * (window - 1) tokens before it, and on no other."""
+  config = dataclasses.replace(CONFIG, pattern='l', window=3)
+  tokens = jnp.arange(1, T + 1, dtype=jnp.int32)[None]
+
+  def hidden(embedding):
+    return Transformer(config).apply(
+        {'params': {**_random(config), 'embedding': embedding}}, tokens, logits_at=()
+    ).hidden[0].sum(-1)
+
+  influence = jnp.abs(jax.jit(jax.jacrev(hidden))(_random(config)['embedding'])[:, 1 : T + 1]).max(-1)
+  reach = config.num_layers * (config.window - 1)
+  expected = np.tril(np.ones((T, T), bool)) & ~np.tril(np.ones((T, T), bool), -reach - 1)
+  np.testing.assert_array_equal(np.asarray(influence > 0), expected)
+
+
+def test_layers_without_positions_do_not_know_the_order_of_what_they_see():
+  config = dataclasses.replace(CONFIG, num_layers=1, pattern='n')
+  tokens = _tokens(1)
+  turned = tokens.at[0, :-1].set(tokens[0, :-1][::-1])
+  last = [_apply(_random(config), x, config=config).logits[0, -1] for x in (tokens, turned)]
+  np.testing.assert_allclose(*last, atol=1e-5)
+  rotary = dataclasses.replace(config, pattern='g')
+  last = [_apply(_random(rotary), x, config=rotary).logits[0, -1] for x in (tokens, turned)]
+  assert float(jnp.abs(last[0] - last[1]).max()) > 0.01
+
+
 def test_remat_keeps_less(params):
   """Bytes that the backward pass needs: everything > products with weights > inputs of the layers."""
 
