@@ -6,6 +6,7 @@ import setuptools
 REQUIREMENTS = [
   'absl-py>=2.5',
   'chex>=0.1.92',
+  'etils[epath]>=1.15.0',
   'flax>=0.12.8',
   'grain>=0.2.18',
   'jax>=0.10.2',
@@ -13,6 +14,7 @@ REQUIREMENTS = [
   'math-verify>=0.9.0',
   'matplotlib>=3.11',
   'ml-collections>=1.1.0',
+  'ml-dtypes>=0.6.0',
   'numpy>=2.4',
   'optax>=0.2.8',
   'orbax-checkpoint>=0.12.8',
@@ -30,7 +32,7 @@ EXTRAS = {
   'bench': ['torch>=2.13', 'transformers>=5.23'],
   'cuda': ['jax[cuda12]'],
   'notebooks': ['ipykernel>=7.0', 'nbclient>=0.10', 'nbformat>=5.10'],
-  'test': ['pytest>=9.0', 'pytest-xdist>=3.8'],
+  'test': ['pytest>=9.0', 'pytest-xdist>=3.8', 'safetensors>=0.8.0'],
   'tpu': ['jax[tpu]'],
 }
 
