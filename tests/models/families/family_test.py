@@ -1,95 +1,212 @@
-"""Sizes as published, and numbers as in transformers: Llama, Qwen2 (biases) and Qwen3 (normalised queries and keys)."""
+"""Every family against transformers: logits, left padding, packing, decoding, weights there and back; and every mistake
+of a table of mistakes is seen.
+"""
 
-import dataclasses
+import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from srm_jax.models import families
-from srm_jax.models.config import TransformerConfig, num_params
-from srm_jax.models.families import qwen
-from srm_jax.models.transformer import Transformer, abstract_params
+from srm_jax import inference
+from srm_jax.models import weights
+from srm_jax.models.config import num_params
+from srm_jax.models.families import FAMILIES, PRESETS
+from srm_jax.models.families import family as families
+from srm_jax.models.transformer import Transformer
+from srm_jax.types import Prompt, SamplingParams
+from tests.published import CASES, LONG, ORIGINAL, torch_model
 
-SHAPE = TransformerConfig(
-    vocab_size=61, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=12, mlp_dim=40, max_length=64,
-    rope_base=500.0,
-)
-# transformers' class -> what it adds to the common shape
-ARCHITECTURES = {'Llama': {'tie_embeddings': False}, 'Qwen2': {'qkv_bias': True}, 'Qwen3': {'qk_norm': True}}
-# Ours, below layers -> theirs, below model.layers.i
-WEIGHTS = {
-    'attention_norm/scale': 'input_layernorm.weight', 'mlp_norm/scale': 'post_attention_layernorm.weight',
-    **{f'attention/{ours}/kernel': f'self_attn.{ours}_proj.weight' for ours in 'qkv'},
-    **{f'attention/{ours}/bias': f'self_attn.{ours}_proj.bias' for ours in 'qkv'},
-    'attention/q_norm/scale': 'self_attn.q_norm.weight', 'attention/k_norm/scale': 'self_attn.k_norm.weight',
-    'attention/out/kernel': 'self_attn.o_proj.weight',
-    **{f'mlp/{ours}/kernel': f'mlp.{ours}_proj.weight' for ours in ('gate', 'up', 'down')},
+TOLERANCE = 2e-4  # of the largest logit, in float32
+SHORT = 20  # within the original length, the window passed twice
+
+# Parameters in millions, as the models' cards give them.
+MILLIONS = {
+    'llama3.2-1b': 1235.8, 'llama3.2-3b': 3212.7, 'llama3.1-8b': 8030.3, 'qwen2.5-0.5b': 494.0, 'qwen2.5-1.5b': 1543.7,
+    'qwen2.5-3b': 3085.9, 'qwen2.5-7b': 7615.6, 'deepseek-r1-distill-qwen-1.5b': 1777.1,
+    'deepseek-r1-distill-qwen-7b': 7615.6, 'qwen3-0.6b': 596.0, 'qwen3-1.7b': 1720.6, 'qwen3-4b': 4022.5,
+    'qwen3-8b': 8190.7, 'qwen3-30b-a3b': 30532.1, 'gemma3-270m': 268.1, 'gemma3-1b': 999.9, 'gemma3-4b': 3880.3,
+    'smollm2-135m': 134.5, 'smollm2-360m': 361.8, 'smollm2-1.7b': 1711.4, 'smollm3-3b': 3075.1,
 }
 
 
-@pytest.mark.parametrize(
-    'name, published', [('qwen2.5-0.5b', 0.494e9), ('qwen2.5-1.5b', 1.544e9), ('qwen3-0.6b', 0.596e9)]
-)
-def test_parameters_as_published(name, published):
-  assert num_params(qwen.PRESETS[name]) == pytest.approx(published, rel=1e-3)
+def test_every_preset_has_the_size_of_its_name():
+  assert {name: round(num_params(preset) / 1e6, 1) for name, preset in PRESETS.items()} == MILLIONS
 
 
-def test_every_preset_is_in_the_table():
-  assert families.PRESETS.items() >= qwen.PRESETS.items()
-  assert all(config.max_length >= 32_768 and config.tie_embeddings for config in qwen.PRESETS.values())
+@pytest.mark.parametrize('name', FAMILIES)
+def test_presets_survive_their_config_file(name):
+  family = FAMILIES[name]
+  for preset in family.presets.values():
+    words = json.loads(json.dumps(family.write(preset)))
+    assert weights._published(family.read(words)) == weights._published(preset)
 
 
-def _peer(name, config):
-  """A random model of transformers, norms around one and biases not zero."""
-  torch = pytest.importorskip('torch')
-  transformers = pytest.importorskip('transformers')
-  shape = getattr(transformers, f'{name}Config')(
-      vocab_size=config.vocab_size, hidden_size=config.embed_dim, intermediate_size=config.mlp_dim,
-      num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads, head_dim=config.head_dim,
-      num_key_value_heads=config.num_kv_heads, max_position_embeddings=config.max_length, rms_norm_eps=config.norm_eps,
-      rope_parameters={'rope_type': 'default', 'rope_theta': config.rope_base},
-      tie_word_embeddings=config.tie_embeddings,
-  )
-  torch.manual_seed(0)
-  model = getattr(transformers, f'{name}ForCausalLM')(shape).eval()
+def test_shortest_period():
+  assert [families.shortest_period(letters) for letters in ('gggg', 'lllllgll', 'glg', 'ggl')] == [
+      'g', 'lllllg', 'gl', 'ggl'
+  ]
+
+
+@functools.cache
+def _both(name):
+  """(transformers' model, our config, our parameters as numpy)."""
+  import tempfile
+
+  model = torch_model(name)
+  with tempfile.TemporaryDirectory() as folder:
+    model.save_pretrained(folder)
+    config, params = weights.load_pretrained(folder)
+  return model, config, jax.tree.map(np.array, params)
+
+
+def _tokens(rows, length, seed=0):
+  return np.random.default_rng(seed).integers(3, 96, (rows, length))
+
+
+def _theirs(model, tokens, **options):
+  import torch
+
   with torch.no_grad():
-    for key, weight in model.named_parameters():
-      weight.copy_(torch.randn_like(weight) * 0.3 + ('norm' in key))
-  return torch, model
+    return model(torch.as_tensor(tokens), **{key: torch.as_tensor(x) for key, x in options.items()}).logits.numpy()
 
 
-def _ours(config, weights):
-  """The peer's state dict as our parameters; a torch matrix is [out, in]."""
-
-  def leaf(path, abstract):
-    keys = [part.key for part in path if hasattr(part, 'key')]
-    if keys[0] != 'layers':
-      theirs = {
-          'embedding': 'model.embed_tokens.weight', 'head': 'lm_head.weight', 'final_norm': 'model.norm.weight',
-      }[keys[0]]
-      return jnp.asarray(weights[theirs].T if keys[0] == 'head' else weights[theirs])
-    theirs = WEIGHTS['/'.join(keys[1:])]
-    stacked = [weights[f'model.layers.{i}.{theirs}'] for i in range(config.num_layers)]
-    return jnp.stack([w.T if keys[-1] == 'kernel' else w for w in stacked]).reshape(abstract.shape)
-
-  unboxed = jax.tree.map(lambda box: box.unbox(), abstract_params(config), is_leaf=lambda x: hasattr(x, 'unbox'))
-  return jax.tree_util.tree_map_with_path(leaf, unboxed)
+@functools.partial(jax.jit, static_argnums=0)
+def _ours(config, params, tokens, **options):
+  return Transformer(config).apply({'params': params}, tokens, **options).logits
 
 
-@pytest.mark.parametrize('name', ARCHITECTURES)
-def test_parity_with_transformers(name):
-  config = dataclasses.replace(SHAPE, **ARCHITECTURES[name])
-  torch, peer = _peer(name, config)
-  weights = {key: value.detach().numpy() for key, value in peer.state_dict().items()}
-  params = _ours(config, weights)
-  assert sum(leaf.size for leaf in jax.tree.leaves(params)) == sum(p.numel() for p in peer.parameters())
-  tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 17))
+def _error(config, params, tokens, want, **options):
+  got = np.asarray(_ours(config, params, jnp.asarray(tokens), **options))
+  return float(np.max(np.abs(got - want)) / np.max(np.abs(want)))
+
+
+def parity(test):
+  """Marks a test as one of every family; it needs PyTorch, which only --all installs."""
+  return pytest.mark.slow(pytest.mark.parametrize('name', FAMILIES)(test))
+
+
+def test_every_family_has_a_case():
+  assert set(CASES) == set(FAMILIES)
+
+
+@parity
+@pytest.mark.parametrize('length', [SHORT, LONG])
+def test_logits(name, length):
+  model, config, params = _both(name)
+  tokens = _tokens(2, length)
+  want = _theirs(model, tokens)
+  assert 0.5 < np.std(want) < 5  # logits that say something
+  assert _error(config, params, tokens, want) <= TOLERANCE
+
+
+@parity
+def test_hidden_states(name):
+  """What distillation taps: the output of every block (transformers normalises the last one, which is left out)."""
+  import torch
+
+  model, config, params = _both(name)
+  tokens = _tokens(2, SHORT)
   with torch.no_grad():
-    expected = peer(torch.as_tensor(tokens), output_hidden_states=True)
-  output = jax.jit(lambda p, x: Transformer(config).apply({'params': p}, x, taps=('hidden',)))(params, tokens)
-  # The first hidden state of transformers is the embedding, its last one is normalised.
-  np.testing.assert_allclose(output.taps['hidden'][0], expected.hidden_states[1].numpy(), atol=1e-4, rtol=1e-4)
-  np.testing.assert_allclose(output.logits, expected.logits.numpy(), atol=2e-4, rtol=1e-4)
-  assert np.std(expected.logits.numpy()) > 0.5
+    want = model(torch.as_tensor(tokens), output_hidden_states=True).hidden_states[1:-1]
+  taps = jax.jit(lambda p, x: Transformer(config).apply({'params': p}, x, taps=('hidden',)).taps)(params, tokens)
+  for found, expected in zip(taps['hidden'][:-1], want, strict=True):
+    np.testing.assert_allclose(found, expected.numpy(), atol=TOLERANCE * float(expected.abs().max()))
+
+
+@parity
+def test_left_padding(name):
+  model, config, params = _both(name)
+  tokens, lengths = _tokens(2, LONG), np.array([LONG, SHORT])
+  inside = np.arange(LONG)[None] >= LONG - lengths[:, None]
+  positions = np.maximum(np.cumsum(inside, axis=1) - 1, 0)
+  got = np.asarray(_ours(
+      config, params, jnp.asarray(np.where(inside, tokens, 0)), positions=jnp.asarray(positions),
+      segment_ids=jnp.asarray(inside.astype(np.int32)),
+  ))
+  for row, length in enumerate(lengths):
+    want = _theirs(model, tokens[row : row + 1, LONG - length :])[0]
+    assert np.max(np.abs(got[row, LONG - length :] - want)) <= TOLERANCE * np.max(np.abs(want))
+
+
+@parity
+def test_packed_segments(name):
+  model, config, params = _both(name)
+  lengths = (LONG - SHORT - 9, SHORT, 9)
+  assert lengths[0] > ORIGINAL
+  tokens = _tokens(1, LONG, seed=1)
+  got = np.asarray(_ours(
+      config, params, jnp.asarray(tokens),
+      positions=jnp.asarray(np.concatenate([np.arange(length) for length in lengths])[None]),
+      segment_ids=jnp.asarray(np.repeat(np.arange(1, 4), lengths)[None]),
+  ))
+  start = 0
+  for length in lengths:
+    want = _theirs(model, tokens[:, start : start + length])
+    assert np.max(np.abs(got[:, start : start + length] - want)) <= TOLERANCE * np.max(np.abs(want))
+    start += length
+
+
+class Numbers:
+  """Ids written as numbers."""
+
+  eos_id = 2
+
+  @staticmethod
+  def encode(text):
+    return [int(word) for word in text.split()]
+
+  @staticmethod
+  def decode(tokens):
+    return ' '.join(map(str, tokens))
+
+
+@parity
+def test_greedy_generation(name):
+  """64 tokens, from prompts that lie beyond the original length of a stretched rope from the start."""
+  import torch
+
+  model, config, params = _both(name)
+  prompts = _tokens(2, ORIGINAL + 8, seed=2)
+  model.generation_config.eos_token_id = None  # neither side ends early
+  with torch.no_grad():
+    want = model.generate(
+        torch.as_tensor(prompts), attention_mask=torch.ones(prompts.shape, dtype=torch.long), do_sample=False,
+        max_new_tokens=64, use_cache=True,
+    ).numpy()[:, prompts.shape[1] :]
+  generate = inference.make_generate(config, params, Numbers, batch_size=2, stop_at_eos=False)
+  named = [Prompt(str(i), Numbers.decode(row)) for i, row in enumerate(prompts)]
+  found = generate(named, SamplingParams(max_new_tokens=64, temperature=0.0))
+  np.testing.assert_array_equal([one.tokens for (one,) in found], want)
+
+
+@parity
+def test_there_and_back(name, tmp_path):
+  """Written in several shards, read by transformers: the same bits."""
+  import torch
+  import transformers
+
+  model, config, params = _both(name)
+  weights.save_pretrained(tmp_path, config, params, max_shard_bytes=60_000)
+  assert len(list(tmp_path.glob('*.safetensors'))) > 2
+  again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+  assert type(again) is type(model) and not report['missing_keys'] and not report['unexpected_keys']
+  here, there = model.state_dict(), again.state_dict()
+  assert here.keys() == there.keys() and all(torch.equal(here[key], there[key]) for key in here)
+  tokens = _tokens(1, LONG)
+  np.testing.assert_array_equal(_theirs(model, tokens), _theirs(again.eval(), tokens))
+
+
+@parity
+def test_a_port_with_a_mistake_is_seen(name):
+  model, config, params = _both(name)
+  tokens = _tokens(2, LONG)
+  want = _theirs(model, tokens)
+  errors = {}
+  for title, mutate in CASES[name].mutations.items():
+    wrong_config, wrong_params = mutate(config, params)
+    errors[title] = _error(wrong_config, wrong_params, tokens, want)
+  unseen = {title: error for title, error in errors.items() if error < 10 * TOLERANCE}
+  assert not unseen
