@@ -21,6 +21,7 @@ from srm_jax.models.tensor_header import CheckpointError, TensorInfo, open_file,
 from srm_jax.models.tensor_index import INDEX, SINGLE, open_folder  # noqa: F401
 
 BLOCK = 8 * 2**20  # bytes that are in flight beside the result
+TILE = 128  # rows moved at a time: twice as fast a transposition as all at once
 ALIGNMENT = 64  # bytes; what XLA wants of a host buffer that it is to use without a copy
 
 _OWN_FILE = re.compile(r'model(-\d+-of-\d+)?\.safetensors(\.index\.json)?(\.tmp)?')
@@ -126,9 +127,14 @@ def _read_rows(stream, info: TensorInfo, rows: range, inner: tuple[slice, ...], 
 
 
 def _copy(values: np.ndarray, out: np.ndarray):
-  """Casts, then moves: as integers, which numpy moves several times faster than the types of ml_dtypes."""
+  """Casts, then moves: as integers, which numpy moves several times faster than the types of ml_dtypes.
+
+  A transposed `out` is filled some rows at a time, so that what lies side by side there is still in the first cache.
+  """
   values = values.astype(out.dtype, copy=False)
-  out.view(f'u{out.itemsize}')[...] = values.view(f'u{out.itemsize}')
+  values, out = (x.view(f'u{x.itemsize}') for x in (values, out))
+  for first in range(0, len(out), TILE):
+    out[first:first + TILE] = values[first:first + TILE]
 
 
 def _fill(stream, out: np.ndarray, info: TensorInfo):

@@ -27,7 +27,7 @@ from srm_jax.models.tensor_header import CheckpointError, TensorInfo
 from srm_jax.types import Params
 
 CONFIG = 'config.json'
-READERS = 4  # threads of a load; each holds one block beside the model
+READERS = 2  # threads of a load; each holds one block beside the model
 OURS = ('dtype', 'param_dtype', 'remat', 'unroll')  # fields of a config that no published file knows
 # The text part of a model that also sees pictures, under the names that it has alone.
 PREFIXES = (('language_model.model.', 'model.'), ('model.language_model.', 'model.'), ('language_model.', ''))
