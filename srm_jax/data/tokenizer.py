@@ -10,8 +10,11 @@ import io
 import json
 import os
 import pathlib
+import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -19,15 +22,25 @@ import sentencepiece
 import tokenizers
 
 BYTE_MARK = 'byte'  # a folder with a file of this name holds the byte tokenizer
-LOWER_BAR = '\u2581'  # SentencePiece's own spelling of a space.
+LOWER_BAR, BYTE_SPACE = '\u2581', '\u0120'  # SentencePiece's and byte-level BPE's own spellings of a space
+SPECIAL_TOKENS = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')
+COMPANIONS = ('tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json', 'chat_template.jinja')
+NONE = MappingProxyType({})
 
 
 class Tokenizer(NamedTuple):
   """Text to ids and back.
 
-  encode(text) -> list of ids without special tokens. decode(ids) -> text; special ids and ids past the vocabulary
-  (models pad their embedding) are skipped. pad_id may equal eos_id: masks come from lengths. fingerprint: hash of the
+  encode(text) -> list of ids without special tokens: their spellings are plain text, so that '<|im_end|>' in a problem
+  ends nothing. Added tokens that the file does not mark as special (Qwen3's '<think>') are one id, as where the model
+  sampled them. decode(ids) -> text; special ids and ids past the vocabulary (models pad their embedding) are skipped,
+  so decode(encode(text)) == text. pad_id may equal eos_id: masks come from lengths. fingerprint: hash of the
   vocabulary and special ids, equal where two tokenizers are interchangeable.
+
+  end_ids: all ids that end a text, eos_id first (Llama 3 has three). special_tokens, added_tokens: spelling -> id, of
+  the tokens that `encode` never and always makes from their spelling. encode_rendered(text) -> (ids, spans) of text
+  that a chat template wrote: special tokens are recognised; spans[i] = (start, end) are the characters of ids[i]. All
+  three only of a tokenizer.json. vocabulary: hash of all (id, piece), see `same_vocabulary`.
   """
 
   name: str
@@ -38,6 +51,11 @@ class Tokenizer(NamedTuple):
   fingerprint: str
   encode: Callable[[str], list[int]]
   decode: Callable[[Sequence[int]], str]
+  end_ids: tuple[int, ...] = ()
+  special_tokens: Mapping[str, int] = NONE
+  added_tokens: Mapping[str, int] = NONE
+  encode_rendered: Callable[[str], tuple[list[int], list[tuple[int, int]]]] | None = None
+  vocabulary: str = ''
 
 
 def load(path_or_name, *, eos_token=None) -> Tokenizer:
@@ -45,10 +63,11 @@ def load(path_or_name, *, eos_token=None) -> Tokenizer:
 
   Args:
     path_or_name: 'byte', a SentencePiece `.model`, a Hugging Face `tokenizer.json`, or a folder with one of the two.
+      The files that Hugging Face keeps beside a tokenizer.json name its special tokens and end-of-text ids.
     eos_token: spelling of the end-of-text token, where the files name none or another one is wanted.
 
   Raises:
-    ValueError: unknown name, or no end-of-text token.
+    ValueError: unknown name, a file that is cut or not what its name says, or no end-of-text token.
   """
   if str(path_or_name) == 'byte' or (pathlib.Path(path_or_name) / BYTE_MARK).is_file():
     return _byte_tokenizer()
@@ -66,9 +85,57 @@ def copy(path_or_name, folder):
   path = _tokenizer_file(pathlib.Path(path_or_name))
   target = folder / ('tokenizer.json' if path.suffix == '.json' else 'tokenizer.model')
   shutil.copyfile(path, target)
-  for name in ('tokenizer_config.json', 'special_tokens_map.json'):
+  for name in COMPANIONS:
     if (path.parent / name).is_file():
       shutil.copyfile(path.parent / name, folder / name)
+
+
+def same_vocabulary(first: Tokenizer, second: Tokenizer) -> bool:
+  """Whether every id means the same piece in both, so that one model can score what the other one sampled.
+
+  Rows with which a model pads its embedding are no part of the vocabulary: Qwen2.5 of 0.5B (151936 rows) and of 7B
+  (152064) share one. Neither are end-of-text ids and the order of a file's entries, so fingerprints may still differ.
+  """
+  return bool(first.vocabulary) and first.vocabulary == second.vocabulary
+
+
+def require_rows(tokenizer: Tokenizer, rows, *, model='the model'):
+  """Checks that a model's embedding has a row for every id; further rows are padding.
+
+  Raises:
+    ValueError: the tokenizer has ids past the last row. `model` names the model in the message.
+  """
+  if tokenizer.vocab_size > rows:
+    raise ValueError(
+        f'{model} has {rows} embedding rows, but tokenizer {tokenizer.name} has ids up to {tokenizer.vocab_size - 1}; '
+        f"fix: use the tokenizer from the model's own folder, or a model with at least {tokenizer.vocab_size} rows"
+    )
+
+
+def named_special_tokens(folder) -> dict[str, str]:
+  """{'eos_token': spelling, ...} from the files beside a tokenizer.json; tokenizer_config.json has the last word."""
+  named = {}
+  for name in ('special_tokens_map.json', 'tokenizer_config.json'):
+    entries = read_json(pathlib.Path(folder) / name)
+    for key in SPECIAL_TOKENS:
+      value = entries.get(key)
+      value = value.get('content') if isinstance(value, dict) else value
+      if isinstance(value, str) and value:
+        named[key] = value
+  return named
+
+
+def read_json(path) -> dict:
+  """A JSON object from a file, empty where there is none. Raises ValueError where the file is cut or something else."""
+  if not path.is_file():
+    return {}
+  try:
+    value = json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise ValueError(f'{path}: not readable as JSON ({error}); fix: copy the file again, it may be cut') from error
+  if not isinstance(value, dict):
+    raise ValueError(f'{path}: holds a {type(value).__name__}, expected a JSON object; fix: copy the file again')
+  return value
 
 
 def _tokenizer_file(path):
@@ -86,6 +153,11 @@ def _fingerprint(content: bytes, *special_ids):
   return hashlib.sha256(content + repr(special_ids).encode()).hexdigest()[:16]
 
 
+def _hash_vocabulary(pieces: Mapping[str, int]):
+  ordered = sorted((number, piece) for piece, number in pieces.items())
+  return hashlib.sha256('\0'.join(f'{number} {piece}' for number, piece in ordered).encode()).hexdigest()[:16]
+
+
 def _encode_bytes(text):
   return list(text.encode('utf-8'))
 
@@ -97,15 +169,16 @@ def _decode_bytes(ids):
 def _byte_tokenizer():
   eos_id, pad_id = 256, 257
   fingerprint = _fingerprint(b'byte', eos_id, pad_id, None)
-  return Tokenizer('byte', 258, eos_id, pad_id, None, fingerprint, _encode_bytes, _decode_bytes)
+  return Tokenizer(
+      'byte', 258, eos_id, pad_id, None, fingerprint, _encode_bytes, _decode_bytes, (eos_id,), vocabulary='byte'
+  )
 
 
-def _encode_pieces(processor, lower_bar_ids, text):
-  # A literal lower bar would come back as a space: where the model has byte pieces, it is spelled in bytes.
-  if not lower_bar_ids or LOWER_BAR not in text:
+def _encode_pieces(processor, spelled, text):
+  if not any(part in text for part in spelled):
     return processor.encode(text)
-  first, *rest = text.split(LOWER_BAR)
-  return sum((lower_bar_ids + processor.encode(part) for part in rest), processor.encode(first))
+  parts = re.split(f'({"|".join(map(re.escape, spelled))})', text)
+  return sum((spelled.get(part) or processor.encode(part) for part in parts), [])
 
 
 def _decode_pieces(processor, special_ids, ids):
@@ -120,24 +193,40 @@ def _lower_bar_ids(processor):
   return ids if all(processor.is_byte(i) for i in ids) and not adds_prefix else []
 
 
+def _spelled_out(processor, eos_id):
+  """{text: its ids} where SentencePiece itself would not encode the text as text."""
+  # A literal lower bar would come back as a space: where the model has byte pieces, it is spelled in bytes.
+  # An end-of-text token that is a user-defined symbol would be recognised in any text: it is encoded in halves.
+  spelled, eos = {LOWER_BAR: _lower_bar_ids(processor)}, processor.id_to_piece(eos_id)
+  if eos_id in processor.encode(eos):
+    spelled[eos] = processor.encode(eos[:1]) + processor.encode(eos[1:])
+  return {text: ids for text, ids in spelled.items() if ids}
+
+
 def _load_sentencepiece(path, eos_token):
   content = path.read_bytes()
-  processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+  try:
+    processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+  except RuntimeError as error:
+    raise ValueError(f'{path}: not a SentencePiece model ({error}); fix: copy it again, it may be cut') from error
   eos_id = processor.eos_id() if eos_token is None else processor.piece_to_id(eos_token)
   if eos_id in (-1, processor.unk_id()):
     raise ValueError(f'{path}: no end-of-text token {eos_token or ""}; pass eos_token=, one of the model\'s pieces')
   pad_id = processor.pad_id() if processor.pad_id() >= 0 else eos_id
   bos_id = processor.bos_id() if processor.bos_id() >= 0 else None
-  special = {i for i in range(processor.vocab_size()) if processor.is_control(i) or processor.is_unknown(i)} | {eos_id}
+  size = processor.vocab_size()
+  special = {i for i in range(size) if processor.is_control(i) or processor.is_unknown(i)} | {eos_id}
   return Tokenizer(
       name=str(path),
-      vocab_size=processor.vocab_size(),
+      vocab_size=size,
       eos_id=eos_id,
       pad_id=pad_id,
       bos_id=bos_id,
       fingerprint=_fingerprint(content, eos_id, pad_id, bos_id),
-      encode=functools.partial(_encode_pieces, processor, _lower_bar_ids(processor)),
+      encode=functools.partial(_encode_pieces, processor, _spelled_out(processor, eos_id)),
       decode=functools.partial(_decode_pieces, processor, frozenset(special)),
+      end_ids=(eos_id,),
+      vocabulary=_hash_vocabulary({processor.id_to_piece(i): i for i in range(size)}),
   )
 
 
@@ -218,47 +307,88 @@ def _write_atomically(path, content):
   return str(path)
 
 
-def _encode_hugging_face(tokenizer, text):
-  return tokenizer.encode(text, add_special_tokens=False).ids
+def _encode_hugging_face(tokenizer, special, text):
+  ids = tokenizer.encode(text, add_special_tokens=False).ids
+  # A model whose own pieces include the spelling (Unigram's '</s>') yields it without looking at added tokens.
+  found = [] if special.isdisjoint(ids) else [tokenizer.id_to_token(i) for i in special.intersection(ids)]
+  if any(spelling in text for spelling in found):  # not an unknown piece, which may be special too
+    raise ValueError(f'the tokenizer makes special tokens of {found} in plain text {text[:60]!r}; fix: drop that text')
+  return ids
 
 
-def _decode_hugging_face(tokenizer, eos_id, ids):
-  return tokenizer.decode([int(i) for i in ids if i >= 0 and i != eos_id], skip_special_tokens=True)
+def _decode_hugging_face(tokenizer, end_ids, ids):
+  return tokenizer.decode([int(i) for i in ids if i >= 0 and i not in end_ids], skip_special_tokens=True)
 
 
-def _named_special_tokens(folder):
-  """{'eos_token': spelling, ...} from the files beside a tokenizer.json."""
-  named = {}
-  for name in ('special_tokens_map.json', 'tokenizer_config.json'):
-    if (folder / name).is_file():
-      entries = json.loads((folder / name).read_text(encoding='utf-8'))
-      for key in ('eos_token', 'pad_token', 'bos_token'):
-        value = entries.get(key)
-        named[key] = (value['content'] if isinstance(value, dict) else value) or named.get(key)
-  return named
+def _rendered_encoder(tokenizer):
+  """See Tokenizer.encode_rendered; None where every text gets a space in front: then segments do not concatenate."""
+  if ''.join(tokenizer.encode('a', add_special_tokens=False).tokens).startswith((LOWER_BAR, BYTE_SPACE)):
+    return None
+
+  @functools.cache  # a copy, as threads share the setting; made by the first chat (0.9 s, 70 MB for 150k pieces)
+  def recognising():
+    copied = deepcopy(tokenizer)
+    copied.encode_special_tokens = False
+    return copied
+
+  def encode_rendered(text):
+    encoding = recognising().encode(text, add_special_tokens=False)
+    return encoding.ids, encoding.offsets
+
+  return encode_rendered
+
+
+def _read_hugging_face(path, content):
+  try:
+    tokenizer = tokenizers.Tokenizer.from_str(content.decode('utf-8'))
+  except Exception as error:  # the library raises no narrower class
+    raise ValueError(f'{path}: not a tokenizer.json ({error}); fix: copy it again, it may be cut') from error
+  tokenizer.no_truncation()  # some published files cut and pad to the length of their last training run
+  tokenizer.no_padding()
+  tokenizer.encode_special_tokens = True  # as text: what `encode` gets was written by others
+  return tokenizer
+
+
+def _end_ids(path, tokenizer, eos_id):
+  """eos_id (where there is one), then further ids of eos_token_id in generation_config.json."""
+  place = path.parent / 'generation_config.json'
+  listed = read_json(place).get('eos_token_id')
+  listed = listed if isinstance(listed, list) else [listed] * (listed is not None)
+  for number in listed:
+    if not isinstance(number, int) or tokenizer.id_to_token(number) is None:
+      raise ValueError(f'{place}: eos_token_id {number} is no id of {path}; fix: take both files from one model')
+  return tuple(dict.fromkeys([*([] if eos_id is None else [eos_id]), *listed]))
 
 
 def _load_hugging_face(path, eos_token):
   content = path.read_bytes()
-  tokenizer = tokenizers.Tokenizer.from_str(content.decode('utf-8'))
-  tokenizer.no_truncation()  # some published files cut and pad to the length of their last training run
-  tokenizer.no_padding()
-  named = _named_special_tokens(path.parent)
-  eos_token = eos_token or named.get('eos_token')
-  eos_id = tokenizer.token_to_id(eos_token) if eos_token else None
-  if eos_id is None:
+  tokenizer = _read_hugging_face(path, content)
+  named = named_special_tokens(path.parent)
+  ids = {key: tokenizer.token_to_id(spelling) for key, spelling in named.items()}
+  end_ids = _end_ids(path, tokenizer, tokenizer.token_to_id(eos_token) if eos_token else ids.get('eos_token'))
+  if not end_ids or (eos_token and tokenizer.token_to_id(eos_token) is None):
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-    raise ValueError(f'{path}: no end-of-text token {eos_token or ""}; pass eos_token=, one of {special[:20]}')
-  pad_id = tokenizer.token_to_id(named['pad_token']) if named.get('pad_token') else None
-  pad_id = eos_id if pad_id is None else pad_id
-  bos_id = tokenizer.token_to_id(named['bos_token']) if named.get('bos_token') else None
+    missing = eos_token or named.get('eos_token', '')
+    raise ValueError(f'{path}: no end-of-text token {missing}; pass eos_token=, one of {special[:20]}')
+  eos_id, bos_id = end_ids[0], ids.get('bos_token')
+  pad_id = eos_id if ids.get('pad_token') is None else ids['pad_token']
+  added = tokenizer.get_added_tokens_decoder()
+  tokenizer.add_special_tokens([added[i] for i in end_ids if i in added])  # some files leave these ordinary tokens
+  added = {token.content: (i, token.special) for i, token in tokenizer.get_added_tokens_decoder().items()}
+  special = {spelling: i for spelling, (i, is_special) in added.items() if is_special}
+  vocabulary = tokenizer.get_vocab(with_added_tokens=True)
   return Tokenizer(
       name=str(path),
-      vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
+      vocab_size=max(vocabulary.values()) + 1,
       eos_id=eos_id,
       pad_id=pad_id,
       bos_id=bos_id,
-      fingerprint=_fingerprint(content, eos_id, pad_id, bos_id),
-      encode=functools.partial(_encode_hugging_face, tokenizer),
-      decode=functools.partial(_decode_hugging_face, tokenizer, eos_id),
+      fingerprint=_fingerprint(content, eos_id, pad_id, bos_id, *end_ids[1:]),
+      encode=functools.partial(_encode_hugging_face, tokenizer, frozenset(special.values())),
+      decode=functools.partial(_decode_hugging_face, tokenizer, frozenset(end_ids)),
+      end_ids=end_ids,
+      special_tokens=special,
+      added_tokens={spelling: i for spelling, (i, is_special) in added.items() if not is_special},
+      encode_rendered=_rendered_encoder(tokenizer),
+      vocabulary=_hash_vocabulary(vocabulary),
   )

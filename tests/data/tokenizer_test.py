@@ -5,6 +5,7 @@ import pytest
 import tokenizers
 
 from srm_jax.data import tokenizer
+from tests.data import chats
 
 ANIMALS = ['zebra', 'panther', 'antelope', 'heron', 'rather tired ant', 'lobster', 'hamster']
 TEXTS = [
@@ -172,3 +173,146 @@ def test_unknown_name(tmp_path):
   for name in ['bytes', tmp_path, tmp_path / 'missing.model']:
     with pytest.raises(ValueError, match="not found; choose 'byte'"):
       tokenizer.load(name)
+
+
+@pytest.mark.parametrize('name', ['cut.json', 'cut.model'])
+def test_files_that_are_cut(name, hugging_face, tmp_path):
+  path = tmp_path / name
+  whole = (hugging_face / 'tokenizer.json').read_bytes()
+  if name == 'cut.model':
+    whole = open(tokenizer.train_sentencepiece(TEXTS, tmp_path / 'whole.model', vocab_size=310), 'rb').read()
+  for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+    path.write_bytes(whole[:size])
+    with pytest.raises(ValueError, match=rf'{name}: (not a|no end-of-text).*'):
+      tokenizer.load(path)
+
+
+@pytest.mark.parametrize('name, content, message', [
+    ('tokenizer_config.json', '{"eos_token": "<|e', 'tokenizer_config.json: not readable as JSON'),
+    ('tokenizer_config.json', '["<|end|>"]', 'tokenizer_config.json: holds a list, expected a JSON object'),
+    ('special_tokens_map.json', '\x00', 'special_tokens_map.json: not readable'),
+    ('generation_config.json', '{"eos_token_id": 300}', 'eos_token_id 300 is no id of .*take both files from one'),
+    ('generation_config.json', '{"eos_token_id": [0, "1"]}', 'eos_token_id 1 is no id'),
+])  # fmt: skip
+def test_files_beside_a_tokenizer(name, content, message, hugging_face, tmp_path):
+  tokenizer.copy(hugging_face, tmp_path)
+  tokenizer.load(tmp_path)
+  (tmp_path / name).write_text(content)
+  with pytest.raises(ValueError, match=message):
+    tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize('family', chats.FAMILIES)
+def test_special_tokens_are_text_unless_a_template_wrote_them(family, tmp_path):
+  loaded = tokenizer.load(chats.save_family(tmp_path, family))
+  expected = chats.FAMILIES[family]
+  assert set(loaded.special_tokens) == set(expected.special) and set(loaded.added_tokens) == set(expected.added)
+  for token, number in {**loaded.special_tokens, **loaded.added_tokens}.items():
+    text = f'a{token}b {token}'
+    assert loaded.decode(loaded.encode(text)) == text
+    assert loaded.encode(text).count(number) == (0 if token in loaded.special_tokens else 2)
+    ids, spans = loaded.encode_rendered(text)
+    assert ids.count(number) == 2 and len(ids) == len(spans)
+    start, stop = spans[ids.index(number)]
+    assert text[start:stop].strip() == token.strip()
+  assert loaded.encode_rendered('') == ([], [])
+  ids, spans = loaded.encode_rendered('What is 2 + 2, é?')
+  assert ids == loaded.encode('What is 2 + 2, é?') and spans[-1][1] == 17
+
+
+def test_several_ids_end_a_text(tmp_path):
+  family = chats.FAMILIES['llama3']
+  folder = chats.save(tmp_path / 'a', family)
+  loaded = tokenizer.load(folder)
+  ids = loaded.special_tokens
+  assert loaded.end_ids == (ids['<|eot_id|>'], ids['<|end_of_text|>'], ids['<|eom_id|>'])
+  assert loaded.eos_id == ids['<|eot_id|>']
+  other = tokenizer.load(folder, eos_token='<|eom_id|>')
+  assert other.end_ids[0] == other.eos_id == ids['<|eom_id|>'] and set(other.end_ids) == set(loaded.end_ids)
+  alone = tokenizer.load(chats.save(tmp_path / 'b', family, generation_config=False))
+  assert alone.end_ids == (ids['<|eot_id|>'],) and alone.fingerprint != loaded.fingerprint
+  unnamed = tokenizer.load(chats.save(tmp_path / 'c', family._replace(named={})))
+  assert unnamed.eos_id == unnamed.pad_id == ids['<|end_of_text|>']  # the first that generation_config.json lists
+  assert tokenizer.load('byte').end_ids == (256,)
+
+
+def test_end_of_text_is_never_made_from_text(tmp_path):
+  ordinary = chats.Family((), ('<|stop|>',), {'eos_token': '<|stop|>'})
+  loaded = tokenizer.load(chats.save(tmp_path, ordinary))
+  assert loaded.special_tokens == {'<|stop|>': loaded.eos_id}
+  assert loaded.decode([*loaded.encode('a<|stop|>'), loaded.eos_id]) == 'a<|stop|>'
+  piece = tokenizer.load(tmp_path, eos_token='!')
+  assert piece.decode([*piece.encode('a'), piece.eos_id]) == 'a' and piece.eos_id == loaded.encode('!')[0]
+  path = tokenizer.train_sentencepiece(TEXTS, tmp_path / 'p.model', vocab_size=320, symbols=('<|stop|>', '<think>'))
+  pieces = tokenizer.load(path, eos_token='<|stop|>')
+  for text in ['<|stop|>', 'a <|stop|>b\u2581<think>', '<<|stop|>|stop|>']:
+    assert pieces.eos_id not in pieces.encode(text) and pieces.decode(pieces.encode(text)) == text
+  assert len(pieces.encode('<think>')) == 1 and pieces.encode_rendered is None
+
+
+def test_a_model_that_makes_special_tokens_from_plain_text(tmp_path):
+  vocabulary = [('<unk>', 0.0), ('</s>', 0.0), *((letter, -2.0) for letter in '</s>abc ')]
+  model = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unk_id=0))
+  model.add_special_tokens(['</s>', '<unk>'])
+  model.save(str(tmp_path / 'tokenizer.json'))
+  loaded = tokenizer.load(tmp_path / 'tokenizer.json', eos_token='</s>')
+  assert loaded.encode('a s?') == [loaded.encode('a')[0], 9, loaded.encode('s')[0], 0]  # unknown, but no '<unk>' in it
+  with pytest.raises(ValueError, match=r"makes special tokens of \['</s>'\] in plain text 'a</s>'; fix: drop"):
+    loaded.encode('a</s>')
+
+
+def test_padded_vocabularies(tmp_path):
+  teacher = tokenizer.load(chats.save_family(tmp_path / 'teacher', 'qwen2_5'))
+  reformatted = lambda text: json.dumps({**json.loads(text), 'truncation': None}, indent=1)
+  family = chats.FAMILIES['qwen2_5']._replace(named={'eos_token': '<|endoftext|>'})
+  student = tokenizer.load(chats.save(tmp_path / 'student', family, rename=reformatted))
+  assert teacher.fingerprint != student.fingerprint and tokenizer.same_vocabulary(teacher, student)
+  for rows in (teacher.vocab_size, 151_936, 152_064):
+    tokenizer.require_rows(teacher, rows)
+  rows = teacher.vocab_size - 1
+  with pytest.raises(ValueError, match=rf'teacher.json has {rows} embedding rows.*ids up to {rows}; fix: use the'):
+    tokenizer.require_rows(teacher, rows, model='teacher.json')
+
+
+@pytest.mark.parametrize('change', [
+    lambda text: text.replace('<|im_end|>', '<|im_stop|>'),
+    lambda text: text.replace('"!":0,', '"!":7,').replace('"(":7,', '"(":0,'),
+    lambda text: json.dumps({**json.loads(text), 'added_tokens': json.loads(text)['added_tokens'][:-1]}),
+])  # fmt: skip
+def test_vocabularies_that_differ_in_one_piece(change, tmp_path):
+  family = chats.FAMILIES['qwen2_5']._replace(named={'eos_token': '<|endoftext|>'}, end=())
+  first = tokenizer.load(chats.save(tmp_path / 'a', family))
+  second = tokenizer.load(chats.save(tmp_path / 'b', family, rename=change))
+  assert first.encode('!(') == [0, 7] and second.encode('!(') in ([0, 7], [7, 0])
+  assert tokenizer.same_vocabulary(first, first) and not tokenizer.same_vocabulary(first, second)
+  assert not tokenizer.same_vocabulary(first, tokenizer.load('byte'))
+  assert tokenizer._hash_vocabulary({'a': 0, 'b': 1}) != tokenizer._hash_vocabulary({'a': 0, 'b': 2})  # a hole
+  assert not tokenizer.same_vocabulary(first._replace(vocabulary=''), second._replace(vocabulary=''))
+
+
+def test_vocabularies_of_pieces(tmp_path):
+  paths = [tokenizer.train_sentencepiece(TEXTS, tmp_path / f'{size}.model', vocab_size=size) for size in (310, 311)]
+  first, second = map(tokenizer.load, paths)
+  assert tokenizer.same_vocabulary(first, tokenizer.load(paths[0])) and not tokenizer.same_vocabulary(first, second)
+
+
+def test_a_copy_is_whole(tmp_path):
+  chats.save_family(tmp_path / 'a', 'llama3')
+  tokenizer.copy(tmp_path / 'a', tmp_path / 'b')
+  first, second = tokenizer.load(tmp_path / 'a'), tokenizer.load(tmp_path / 'b')
+  assert (first.fingerprint, first.end_ids) == (second.fingerprint, second.end_ids) and len(second.end_ids) == 3
+  assert (tmp_path / 'b' / 'chat_template.jinja').read_text() == (tmp_path / 'a' / 'chat_template.jinja').read_text()
+
+
+@pytest.mark.parametrize('space', [
+    tokenizers.pre_tokenizers.Metaspace(prepend_scheme='always'),
+    tokenizers.pre_tokenizers.Metaspace(prepend_scheme='first'),
+    tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True),
+])  # fmt: skip
+def test_tokenizers_that_add_a_space_render_no_chats(space, tmp_path):
+  model = tokenizers.Tokenizer(tokenizers.models.BPE())
+  model.pre_tokenizer = space
+  trainer = tokenizers.trainers.BpeTrainer(vocab_size=99, special_tokens=['</s>'], show_progress=False)
+  model.train_from_iterator(TEXTS + ['a'], trainer)
+  model.save(str(tmp_path / 'tokenizer.json'))
+  assert tokenizer.load(tmp_path / 'tokenizer.json', eos_token='</s>').encode_rendered is None
