@@ -10,6 +10,7 @@ REQUIREMENTS = [
   'flax>=0.12.8',
   'grain>=0.2.18',
   'jax>=0.10.2',
+  'jinja2>=3.1.6',
   'latex2sympy2-extended>=1.11.0',
   'math-verify>=0.9.0',
   'matplotlib>=3.11',
