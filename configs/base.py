@@ -3,7 +3,11 @@
 Try one: python -m experiments.train --config=configs/sft/arithmetic.py --workdir=runs/sft
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
+
+from srm_jax import checkpoints
 
 
 def parse_arg(arg: str, **defaults):
@@ -30,6 +34,12 @@ def model(*, embed_dim, num_layers, num_heads, mlp_dim, num_kv_heads=None, max_l
       rope_base=10_000.0, norm_eps=1e-6, tie_embeddings=True, qkv_bias=False, qk_norm=False,
       param_dtype='float32', dtype='float32', remat='none', unroll=1,
   ) | options)
+
+
+def model_of(folder: str, **options):
+  """The model of a folder: a published one, or a run's workdir."""
+  config = dataclasses.asdict(checkpoints.model_config(folder))
+  return ConfigDict(config | dict(param_dtype='float32') | options)
 
 
 def optimizer(name='muon', *, learning_rate=3e-3, matrix_learning_rate=0.02, **options):

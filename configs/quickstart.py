@@ -3,21 +3,28 @@
 Run: bash experiments/quickstart.sh                    (two CPU cores, 12 minutes)
      bash experiments/quickstart.sh --task=gsm8k       (human-written problems; $SRM_DATA_DIR or a network)
      bash experiments/quickstart.sh --smoke            (90 seconds, to see it run)
+     bash experiments/quickstart.sh --teacher=DIR --student=DIR    (published models, or workdirs of runs)
 Expected: experiments/quickstart/reference.json, five seeds.
 """
 
 from ml_collections import ConfigDict
 
 from configs import base
-from configs.quickstart_sizes import SIZES
+from configs.quickstart_sizes import GIVEN, SIZES
 
 DEV, TEST = 50_000, 60_000  # offsets of the problem seeds: train, dev and test problems are also disjoint by hash
 
 
 def get_config(arg: str = ''):
-  """arg: 'task=arithmetic_mix,size=full,seed=1,steps=1.0,dtype=float32'; steps scales the length of every training."""
-  a = base.parse_arg(arg, task='arithmetic_mix', size='full', seed=1, steps=1.0, dtype='float32', prompt_eval=0)
-  s = ConfigDict(SIZES[a.task] | SIZES[f'{a.task}/{a.size}'])
+  """arg: 'task=arithmetic_mix,size=full,seed=1,steps=1.0,dtype=float32'; steps scales the length of every training.
+
+  teacher=DIR,student=DIR start from models that are there: published ones, or those of other runs.
+  """
+  a = base.parse_arg(
+      arg, task='arithmetic_mix', size='full', seed=1, steps=1.0, dtype='float32', teacher='', student='',
+  )
+  given = GIVEN if a.teacher or a.student else {}
+  s = ConfigDict(SIZES[a.task] | SIZES[f'{a.task}/{a.size}'] | given)
   seed, task = a.seed * 1000, a.task
   steps = {name: max(2, round(a.steps * count)) for name, count in s.steps.items()}
   gold = base.data(task, count=s.gold, seed=seed + 1)
@@ -32,7 +39,10 @@ def get_config(arg: str = ''):
     order.append(name)
 
   def training(name, recipe, shape, run_seed, **options):
-    model = base.model(**s[shape], max_length=s.context, dtype=a.dtype)
+    start, how = a.student if shape == 'student' else '', dict(max_length=s.context, dtype=a.dtype)
+    model = base.model_of(start, **how) if start else base.model(**s[shape], **how)
+    if name == 'base':
+      options |= dict(init_from=start)
     optimizer = base.optimizer(**s.optimizer[options.pop('optimizer', name)])
     add(name, 'train', base.train(
         recipe, tokenizer='{tokenizer}', model=model, seed=run_seed, optimizer=optimizer,
@@ -46,8 +56,14 @@ def get_config(arg: str = ''):
     ))
 
   known = base.data(task, count=s.teacher_problems, seed=seed + 3)
-  add('tokenizer', 'tokenizer', dict(data=known, vocab_size=s.vocab, split_by_whitespace=False))
-  training('teacher', base.sft(known, rows), 'teacher', seed + 3)
+  if a.teacher or a.student:
+    add('tokenizer', 'given', dict(folder=a.student or a.teacher))
+  else:
+    add('tokenizer', 'tokenizer', dict(data=known, vocab_size=s.vocab, split_by_whitespace=False))
+  if a.teacher:
+    add('teacher', 'given', dict(folder=a.teacher))
+  else:
+    training('teacher', base.sft(known, rows), 'teacher', seed + 3)
   several = base.sampling(samples=s.annotations, max_new_tokens=s.new_tokens, seed=seed + 4)
   add('annotate', 'annotate', base.annotate('{teacher}', fresh, several, batch_size=s.decode_rows))
   training('base', base.sft(gold, rows), 'student', seed + 5)

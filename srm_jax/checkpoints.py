@@ -8,6 +8,7 @@ A run's workdir holds
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import pathlib
@@ -19,10 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from srm_jax import sharding
 from srm_jax.data import tokenizer as tokenizers
-from srm_jax.models import transformer
+from srm_jax.models import transformer, weights
 from srm_jax.models.config import TransformerConfig
 from srm_jax.schema import ConfigError
 from srm_jax.types import Params, TrainState
@@ -198,7 +200,7 @@ def _differences(old, new, where='config') -> list[str]:
 
 
 class Model(NamedTuple):
-  """A trained model read from a workdir."""
+  """A trained model read from a workdir, or a published one (step 0)."""
 
   config: TransformerConfig
   params: Params
@@ -207,25 +209,71 @@ class Model(NamedTuple):
   fingerprint: str
 
 
+def is_published(folder) -> bool:
+  """Whether a folder is a published model (config.json names an architecture) rather than the workdir of a run."""
+  path = epath.Path(folder) / weights.CONFIG
+  if (epath.Path(folder) / 'model.json').exists() or not path.exists():
+    return False
+  try:
+    return 'architectures' in json.loads(path.read_text())
+  except ValueError:
+    return False
+
+
 def model_config(folder) -> TransformerConfig:
-  """The TransformerConfig of a run's workdir.
+  """The TransformerConfig of a run's workdir, or of a published model.
 
   Raises:
-    ConfigError: the folder holds no model.
+    ConfigError: the folder holds no model, or a published one that is not supported.
   """
+  if is_published(folder):
+    return _as_config_error(weights.read_config, folder)[1]
   path = pathlib.Path(folder) / 'model.json'
   if not path.exists():
-    raise ConfigError(f'{folder} holds no model (no model.json); give the workdir of a finished training run')
+    raise ConfigError(
+        f'{folder} holds no model (neither model.json nor a config.json with architectures); give the workdir of a '
+        'finished training run, or the folder of a published model'
+    )
   return TransformerConfig(**json.loads(path.read_text()))
 
 
-def load_model(folder, *, dtype: str | None = None) -> Model:
-  """The model of a run's newest checkpoint, on the current mesh (or one device), cast to `dtype` if given.
+def model_tokenizer(folder):
+  """The tokenizer of a run's workdir, or of a published model.
 
   Raises:
-    ConfigError: no model, or no finished checkpoint in the folder.
+    ConfigError: it is missing or damaged, or has ids that the model has no rows for.
   """
-  config = model_config(folder)
+  path = folder if is_published(folder) else pathlib.Path(folder) / 'tokenizer'
+  tokenizer = _as_config_error(tokenizers.load, path)
+  rows = model_config(folder).vocab_size
+  _as_config_error(lambda given: tokenizers.require_rows(given, rows, model=str(folder)), tokenizer)
+  return tokenizer
+
+
+def _as_config_error(function, argument):
+  """function(argument); what it finds wrong with the user's files is a ConfigError."""
+  try:
+    return function(argument)
+  except ConfigError:
+    raise
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
+
+
+def load_model(folder, *, dtype: str | None = None) -> Model:
+  """The model of a run's newest checkpoint, or a published one, on the current mesh (or one device).
+
+  Args:
+    folder: workdir of a run, or folder of a published model.
+    dtype: what the parameters are cast to; None keeps theirs.
+
+  Raises:
+    ConfigError: no model or no finished checkpoint in the folder, or one that is damaged or not supported.
+  """
+  config, tokenizer = model_config(folder), model_tokenizer(folder)
+  if is_published(folder):
+    config, params = _as_config_error(functools.partial(weights.load_pretrained, dtype=dtype), folder)
+    return Model(config, params, tokenizer, 0, fingerprint(params))
   checkpoints = open_checkpoints(folder)
   steps = sorted(checkpoints.manager.all_steps(), reverse=True)
   if not steps:
@@ -240,7 +288,7 @@ def load_model(folder, *, dtype: str | None = None) -> Model:
   finally:
     checkpoints.close()
   params = place(config, saved['model'], dtype)
-  return Model(config, params, tokenizers.load(str(pathlib.Path(folder) / 'tokenizer')), steps[0], fingerprint(params))
+  return Model(config, params, tokenizer, steps[0], fingerprint(params))
 
 
 def place(config: TransformerConfig, params: Params, dtype: str | None = None) -> Params:

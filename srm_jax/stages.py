@@ -3,7 +3,7 @@
 A pipeline config names its stages, and their order (a ConfigDict sorts its keys):
 
   config.order = ('NAME', ...)
-  config.stages.NAME = {'run': 'tokenizer' | 'train' | 'annotate' | 'evaluate' | 'select', 'config': {...}}
+  config.stages.NAME = {'run': 'tokenizer' | 'train' | 'annotate' | 'evaluate' | 'select' | 'given', 'config': {...}}
 
 Inside a stage's config the string '{NAME}' stands for the workdir of an earlier stage, and '{NAME}/file' for a file in
 it. A stage lives in <workdir>/NAME-<hash of its resolved config>, so sweeps over later stages share the earlier ones,
@@ -39,6 +39,13 @@ class SelectConfig:
 
   candidates: Mapping[str, Any]
   row: str
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenConfig:
+  """A model (or tokenizer) that is there already: the folder of a published model, or the workdir of another run."""
+
+  folder: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +112,14 @@ def _select(config, workdir, done: Mapping[str, Stage]):
   return done[chosen].target, {'chosen': chosen, 'scores': scores}
 
 
+def _given(config, workdir, done):
+  del done
+  folder = pathlib.Path(schema.parse(GivenConfig, config, 'config').folder).absolute()
+  rows, pieces = checkpoints.model_config(folder).vocab_size, checkpoints.model_tokenizer(folder).vocab_size
+  workdir.mkdir(parents=True, exist_ok=True)
+  return folder, {'vocab_size': rows, 'pieces': pieces}
+
+
 def _check_train(config, where):
   parsed = schema.parse(TrainConfig, config, where)
   schema.parse(schema.choose('recipe', parsed.recipe.get('name', ''), CONFIGS), parsed.recipe, f'{where}.recipe')
@@ -116,10 +131,12 @@ CHECKS: dict[str, Callable] = {
     'annotate': lambda config, where: schema.parse(AnnotateConfig, config, where),
     'evaluate': open_config,
     'select': lambda config, where: schema.parse(SelectConfig, config, where),
+    'given': lambda config, where: schema.parse(GivenConfig, config, where),
 }
 
 RUNNERS: dict[str, Callable] = {
     'tokenizer': _tokenizer, 'train': _train, 'annotate': _annotate, 'evaluate': _evaluate, 'select': _select,
+    'given': _given,
 }
 
 
@@ -175,9 +192,19 @@ def run_stage(name: str, section: Mapping[str, Any], workdir, done: Mapping[str,
   start = time.perf_counter()
   target, outcome = run(config, folder, done)
   seconds = time.perf_counter() - start
-  relative = pathlib.Path('..') / pathlib.Path(target).name if pathlib.Path(target) != folder else pathlib.Path('.')
-  checkpoints.write_whole(path, json.dumps({'target': str(relative), 'seconds': seconds, 'outcome': outcome}))
+  saved = {'target': relative_target(folder, target), 'seconds': seconds, 'outcome': outcome}
+  checkpoints.write_whole(path, json.dumps(saved))
   return Stage(name, section['run'], folder, pathlib.Path(target), seconds, outcome)
+
+
+def relative_target(folder: pathlib.Path, target) -> str:
+  """A target as it is written down: relative to the stage's folder, so that a workdir may be moved; absolute where it
+  lies outside of the workdir.
+  """
+  target = pathlib.Path(target)
+  if target == folder:
+    return '.'
+  return str(pathlib.Path('..') / target.name) if target.parent == folder.parent else str(target)
 
 
 def check(config):

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 
 from srm_jax import checkpoints, diagnostics, metrics, optimizers, schema, sharding
 from srm_jax.data import tokenizer as tokenizers
-from srm_jax.models import transformer
+from srm_jax.models import transformer, weights
 from srm_jax.models.config import TransformerConfig, forward_flops, train_flops
 from srm_jax.recipes import RECIPES
 from srm_jax.recipes.context import Context
@@ -137,14 +137,14 @@ def _model(config: TrainConfig, tokenizer) -> TransformerConfig:
     )
   if config.init_from:
     theirs = dataclasses.asdict(checkpoints.model_config(config.init_from))
-    free = {'dtype', 'param_dtype', 'remat', 'unroll', 'max_length'}
+    free = {*weights.OURS, 'max_length'}
     differing = [
         f'{k}={v} (there {theirs[k]})' for k, v in dataclasses.asdict(model).items()
         if k not in free and v != theirs[k]
     ]
     if differing:
       raise schema.ConfigError(f'config.model does not fit init_from={config.init_from}: {", ".join(differing)}')
-    if tokenizers.load(pathlib.Path(config.init_from) / 'tokenizer').fingerprint != tokenizer.fingerprint:
+    if checkpoints.model_tokenizer(config.init_from).fingerprint != tokenizer.fingerprint:
       raise schema.ConfigError(
           f'init_from={config.init_from} was trained with another tokenizer than {config.tokenizer}'
       )

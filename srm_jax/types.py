@@ -125,10 +125,14 @@ class Problem:
 
 
 class Prompt(NamedTuple):
-  """What a completion continues. The id seeds its sampling, whatever batch it lands in."""
+  """What a completion continues. The id seeds its sampling, whatever batch it lands in.
+
+  tokens: the prompt where it is not the plain encoding of `text`, as of a rendered chat (`data.chat.encode_prompt`).
+  """
 
   id: str
   text: str
+  tokens: tuple[int, ...] = ()
 
 
 class Spent(NamedTuple):

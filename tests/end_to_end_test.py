@@ -1,9 +1,11 @@
 """Every config opens; the whole line runs; a killed process continues to the same bits."""
 
+import dataclasses
 import importlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,10 @@ import pytest
 
 from configs import quickstart, quickstart_sizes
 from srm_jax import checkpoints, metrics, schema, stages
+from srm_jax.models import transformer, weights
+from srm_jax.models.config import TransformerConfig
 from srm_jax.train import resolve
+from tests.data import chats
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = sorted(
@@ -48,6 +53,73 @@ def test_there_are_configs_of_every_stage():
 @pytest.mark.parametrize('arg', ['', 'task=gsm8k', 'size=smoke,task=gsm8k', 'seed=7,steps=0.5'])
 def test_the_quickstart_opens_in_all_its_forms(arg):
   open_config(quickstart.get_config(arg))
+
+
+@pytest.fixture(scope='module')
+def published(tmp_path_factory):
+  """A teacher and a student as published: other shapes, one tokenizer, vocabularies padded to different sizes."""
+  folders = {}
+  for name, (rows, width) in {'teacher': (384, 32), 'student': (352, 16)}.items():
+    config = TransformerConfig(
+        vocab_size=rows, num_layers=2, embed_dim=width, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=2 * width,
+        max_length=2048, qkv_bias=True,
+    )
+    folders[name] = chats.save_family(tmp_path_factory.mktemp(name), 'qwen2_5')
+    params = jax.jit(transformer.init_params, static_argnums=0)(config, jax.random.key(rows))
+    weights.save_pretrained(folders[name], config, params)
+  return folders
+
+
+def test_a_published_model_is_a_model(published):
+  model = checkpoints.load_model(published['student'], dtype='bfloat16')
+  assert model.config == dataclasses.replace(
+      checkpoints.model_config(published['student']), dtype='bfloat16', param_dtype='bfloat16'
+  )
+  assert model.params['embedding'].dtype == 'bfloat16' and model.tokenizer.end_ids
+
+
+@pytest.mark.parametrize('spoil, message', [
+    (lambda folder: (folder / 'tokenizer.json').unlink(), 'tokenizer .* not found'),
+    (lambda folder: (folder / 'model.safetensors').unlink(), 'no weights'),
+    (lambda folder: (folder / 'config.json').write_text('{"architectures": ["X"]}'), "architectures .'X'. are not"),
+    (lambda folder: (folder / 'config.json').unlink(), 'holds no model'),
+])
+def test_a_damaged_published_model_is_a_config_error(published, tmp_path, spoil, message):
+  folder = shutil.copytree(published['student'], tmp_path / 'copy')
+  spoil(folder)
+  with pytest.raises(schema.ConfigError, match=message):
+    checkpoints.load_model(folder)
+
+
+def test_a_tokenizer_that_does_not_fit_is_a_config_error(published, tmp_path):
+  folder = shutil.copytree(published['student'], tmp_path / 'copy')
+  config = json.loads((folder / 'config.json').read_text())
+  (folder / 'config.json').write_text(json.dumps(config | dict(vocab_size=100)))
+  with pytest.raises(schema.ConfigError, match='has 100 embedding rows'):
+    checkpoints.load_model(folder)
+
+
+@pytest.mark.slow
+def test_the_quickstart_starts_from_published_models(published, tmp_path):
+  """The whole line, from two folders and no training from scratch, to its report."""
+  command = [
+      sys.executable, '-m', 'experiments.quickstart', '--smoke', '--seed=5', f'--workdir={tmp_path / "line"}',
+      f'--teacher={published["teacher"]}', f'--student={published["student"]}',
+  ]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-3000:]
+  line = json.loads((tmp_path / 'line' / 'quickstart.json').read_text())
+  assert line['stages']['teacher']['run'] == line['stages']['tokenizer']['run'] == 'given'
+  student = checkpoints.model_config(pathlib.Path(line_target(tmp_path / 'line', line, 'rl')))
+  assert (student.vocab_size, student.embed_dim) == (352, 16)
+  assert 'given here' in (tmp_path / 'line' / 'report.html').read_text()
+  again = subprocess.run([*command, '--seed=6'], cwd=ROOT, capture_output=True, text=True)
+  assert again.returncode != 0 and 'holds a run with seed=5' in again.stderr
+
+
+def line_target(workdir, line, name):
+  stage = line['stages'][name]
+  return os.path.normpath(workdir / stage['folder'] / stage['target'])
 
 
 def test_a_misspelt_argument_is_refused():

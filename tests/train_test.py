@@ -187,7 +187,6 @@ WRONG_TEACHER = {
     ),
     'feature': (dict(recipe__loss__hidden__feature='cosin'), r"hidden\.feature 'cosin' unknown"),
     'layers': (dict(recipe__loss__hidden__layers='all'), r"hidden\.layers 'all' unknown"),
-    'logits': (dict(model__vocab_size=300), r'has 258 logits, config\.model\.vocab_size is 300'),
 }
 
 

@@ -1,6 +1,7 @@
 """Makes a small reasoning model and says what each step was worth.
 
 bash experiments/quickstart.sh [--task=gsm8k] [--smoke] [--seed=N] [--minutes=12] [--workdir=DIR]
+bash experiments/quickstart.sh --teacher=DIR --student=DIR    starts from published models, or from those of other runs
 
 The same command continues a stopped run, with the seed, step counts and dtype that it was started with.
 """
@@ -26,18 +27,26 @@ def workdir_for(task: str, smoke: bool) -> pathlib.Path:
   return pathlib.Path(f'runs/quickstart{suffix}')
 
 
-def run(task: str, size: str, seed: int | None, minutes: float, workdir: pathlib.Path, console: rich.console.Console):
-  """Runs or continues the line in a workdir, and writes its table and report."""
+def run(
+    task: str, size: str, seed: int | None, minutes: float, workdir: pathlib.Path, console: rich.console.Console,
+    **models: str,
+):
+  """Runs or continues the line in a workdir, and writes its table and report.
+
+  Args:
+    models: folders of a `teacher` and a `student` to start from; '' or none where the line makes its own.
+  """
   from configs import quickstart
   from experiments.quickstart import record
   from srm_jax import stages
 
+  models = {name: str(pathlib.Path(folder).absolute()) for name, folder in models.items() if folder}
   settings = record.read(workdir)
   if settings is None:
-    settings = _start(task, size, record.fresh_seed() if seed is None else seed, minutes, console)
+    settings = _start(task, size, record.fresh_seed() if seed is None else seed, minutes, console, models)
     record.write(workdir, settings, {})
   else:
-    record.agree(settings, workdir, task=task, size=size, seed=seed)
+    record.agree(settings, workdir, task=task, size=size, seed=seed, **models)
     console.print(f'Continuing {workdir}: seed {settings.seed}, steps × {settings.steps:g}, {settings.dtype}')
   config, started, done = quickstart.get_config(settings.arg), time.time(), {}
   order = list(config.order)
@@ -52,10 +61,14 @@ def run(task: str, size: str, seed: int | None, minutes: float, workdir: pathlib
   finish(workdir, console)
 
 
-def _start(task: str, size: str, seed: int, minutes: float, console: rich.console.Console):
+def _start(task: str, size: str, seed: int, minutes: float, console: rich.console.Console, models):
   """Chooses dtype and step counts for this machine, and says what the run will take."""
   from configs import quickstart
   from experiments.quickstart import calibrate, estimate, record
+
+  if models:
+    console.print(f'Seed {seed}; with models of your own nothing is calibrated, estimated or shortened')
+    return record.Settings(task, size, seed, 1.0, 'float32', minutes, {}, {}, calibrate.machine(), **models)
 
   def make(steps: float, dtype: str = 'float32'):
     return quickstart.get_config(f'task={task},size={size},seed={seed},steps={steps:g},dtype={dtype}')
@@ -104,6 +117,8 @@ def _say_done(stage, place: str, took: str, console: rich.console.Console):
 def outcome(stage) -> str:
   """What came out of a stage, in a few words."""
   found = stage.outcome
+  if stage.run == 'given':
+    return f'given: {stage.target}'
   if stage.run == 'tokenizer':
     return f'{found["vocab_size"]} pieces, {found["tokens_per_text"]:.0f} tokens a problem'
   if stage.run == 'train':
@@ -147,7 +162,8 @@ def main(argv):
   workdir = pathlib.Path(FLAGS.workdir) if FLAGS.workdir else workdir_for(FLAGS.task, FLAGS.smoke)
   size = 'smoke' if FLAGS.smoke else 'full'
   console = rich.console.Console()
-  command.guarded(lambda: run(FLAGS.task, size, FLAGS.seed, FLAGS.minutes, workdir, console))
+  models = dict(teacher=FLAGS.teacher, student=FLAGS.student)
+  command.guarded(lambda: run(FLAGS.task, size, FLAGS.seed, FLAGS.minutes, workdir, console, **models))
 
 
 if __name__ == '__main__':
@@ -155,5 +171,7 @@ if __name__ == '__main__':
   flags.DEFINE_bool('smoke', False, 'Tiny sizes, to see everything run once.')
   flags.DEFINE_integer('seed', None, 'Of problems, models and sampling; a fresh one by default.')
   flags.DEFINE_string('workdir', None, 'Where results go; runs/quickstart[-gsm8k][-smoke] by default.')
+  flags.DEFINE_string('teacher', '', 'A published model (config.json, safetensors, tokenizer) or a workdir as teacher.')
+  flags.DEFINE_string('student', '', 'The same as the start of every student; it must share the tokenizer.')
   flags.DEFINE_float('minutes', 12.0, 'Budget; where the estimate is higher, trainings are shortened.', lower_bound=0.1)
   app.run(main)

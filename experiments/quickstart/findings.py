@@ -177,7 +177,9 @@ def _help(name: str, best: str) -> tuple[str, ...]:
 
 
 def spent(stage) -> float:
-  """FLOPs of a training or annotation stage."""
+  """FLOPs of a training or annotation stage; a model that was given cost this line nothing."""
+  if stage.run == 'given':
+    return 0.0
   if stage.run == 'annotate':
     return stage.outcome['flops']
   return metrics.read(stage.target)[-1]['flops']

@@ -12,7 +12,7 @@ from typing import Any
 
 from srm_jax import checkpoints
 from srm_jax.schema import ConfigError
-from srm_jax.stages import Stage
+from srm_jax.stages import Stage, relative_target
 
 FILE = 'quickstart.json'
 DEVELOPMENT = range(900, 1000)  # seeds on which sizes and step counts were chosen; fresh ones lie beyond
@@ -24,7 +24,8 @@ class Settings:
   """What the config is made from, and what was known when it was chosen.
 
   steps: factor on the length of every training. minutes: the budget. estimates: seconds a stage, before the run.
-  calibration: what was measured. machine: cores, flags, devices and versions.
+  calibration: what was measured. machine: cores, flags, devices and versions. teacher, student: folders of models to
+  start from, in place of those that the line makes.
   """
 
   task: str
@@ -36,11 +37,19 @@ class Settings:
   estimates: Mapping[str, float]
   calibration: Mapping[str, Any]
   machine: Mapping[str, Any]
+  teacher: str = ''
+  student: str = ''
 
   @property
   def arg(self) -> str:
     """Argument of configs/quickstart.py."""
-    return f'task={self.task},size={self.size},seed={self.seed},steps={self.steps:g},dtype={self.dtype}'
+    models = ''.join(f',{name}={value}' for name, value in self.models.items())
+    return f'task={self.task},size={self.size},seed={self.seed},steps={self.steps:g},dtype={self.dtype}{models}'
+
+  @property
+  def models(self) -> dict[str, str]:
+    """Folders of the models that were given rather than made."""
+    return {name: getattr(self, name) for name in ('teacher', 'student') if getattr(self, name)}
 
 
 def fresh_seed() -> int:
@@ -86,7 +95,10 @@ def load(workdir) -> tuple[Settings, dict[str, Stage]]:
     raise ConfigError(f'{workdir} holds no quickstart (no {FILE}); bash experiments/quickstart.sh makes one')
   content, folder = _content(path), path.parent
   stages = {
-      name: Stage(name, one['run'], folder / one['folder'], folder / one['target'], one['seconds'], one['outcome'])
+      name: Stage(
+          name, one['run'], folder / one['folder'], pathlib.Path(os.path.normpath(folder / one['folder'] / one['target'])),
+          one['seconds'], one['outcome'],
+      )
       for name, one in content['stages'].items()
   }
   return Settings(**content['settings']), stages
@@ -101,6 +113,6 @@ def _content(path) -> dict:
 
 def _plain(stage: Stage) -> dict:
   return {
-      'run': stage.run, 'folder': stage.workdir.name, 'target': stage.target.name, 'seconds': stage.seconds,
-      'outcome': stage.outcome,
+      'run': stage.run, 'folder': stage.workdir.name, 'target': relative_target(stage.workdir, stage.target),
+      'seconds': stage.seconds, 'outcome': stage.outcome,
   }

@@ -157,7 +157,7 @@ def differences(reference: Reference, settings) -> list[str]:
   return [
       f'{name} {reference.about[name]} there, {getattr(settings, name)} here'
       for name in ('task', 'size', 'steps') if reference.about[name] != getattr(settings, name)
-  ]
+  ] + [f'{name} made there, given here' for name in settings.models]
 
 
 def main(argv):

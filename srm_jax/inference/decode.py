@@ -130,12 +130,12 @@ def _compact(state: Decoding, rows, vacant) -> Decoding:
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'top_k', 'top_p', 'steps'), donate_argnames='state')
-def decode(config: TransformerConfig, params: Params, state: Decoding, temperature, eos_id, limit, *, top_k: int,
+def decode(config: TransformerConfig, params: Params, state: Decoding, temperature, end_ids, limit, *, top_k: int,
            top_p: float, steps: int):
   """Up to min(limit, steps) tokens for every row that is not done; the cache must have room for them.
 
   Args:
-    temperature, eos_id, limit: traced scalars. A row is done once it has emitted eos_id (-1: never).
+    temperature, limit: traced scalars. end_ids: int32 [n]; a row is done once it has emitted one of them (-1: never).
     top_k, top_p: as in `logits.sample`.
     steps: width of the output.
 
@@ -161,7 +161,7 @@ def decode(config: TransformerConfig, params: Params, state: Decoding, temperatu
     emitted = jnp.where(state.done, NOT_EMITTED, token)
     tokens = jax.lax.dynamic_update_slice(tokens, emitted[:, None], (0, i))
     logprobs = jax.lax.dynamic_update_slice(logprobs, jnp.where(state.done, 0.0, logprob)[:, None], (0, i))
-    state = Decoding(out.cache, token, position, state.keys, state.done | (token == eos_id))
+    state = Decoding(out.cache, token, position, state.keys, state.done | jnp.any(token[:, None] == end_ids[None], axis=1))
     return i + 1, state, tokens, logprobs
 
   def unfinished(carry):
@@ -183,7 +183,7 @@ def pad_left(prompts: Sequence[Sequence[int]], count: int) -> tuple[np.ndarray, 
 
 def complete(
     config: TransformerConfig, params: Params, prompts: Sequence[Sequence[int]], rows: np.ndarray, keys: np.ndarray,
-    sampling: SamplingParams, *, eos_id: int, batch_size: int, steps: int = STEPS,
+    sampling: SamplingParams, *, end_ids: Sequence[int], batch_size: int, steps: int = STEPS,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:
   """Continues prompts until end-of-text or `max_new_tokens`.
@@ -193,7 +193,7 @@ def complete(
     prompts: U distinct prompts, none of them empty.
     rows: int [R], which prompt each row continues, R <= batch_size; keys: uint32 [R, 2] from `logits.row_keys`.
     sampling: `samples` and `seed` are already in rows and keys.
-    eos_id: ends a row; -1 lets all rows run to the limit.
+    end_ids: each ends a row; (-1,) lets all rows run to the limit.
     progress: called with the number of new tokens after every `steps` steps.
 
   Returns:
@@ -208,7 +208,7 @@ def complete(
     if used + count > state.cache.segment_ids.shape[1]:
       state = _grow(state, size=bucket(used + count))
     state, *new = decode(
-        config, params, state, np.float32(temperature), np.int32(eos_id), np.int32(count), top_k=top_k, top_p=top_p,
+        config, params, state, np.float32(temperature), np.asarray(end_ids, np.int32), np.int32(count), top_k=top_k, top_p=top_p,
         steps=steps,
     )
     new_tokens, new_logprobs, done = map(np.asarray, new)

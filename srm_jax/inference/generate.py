@@ -25,7 +25,7 @@ def make_generate(
 
   Args:
     params: the model's parameters; a cast copy is taken, and they are not kept.
-    tokenizer: a `data.tokenizer.Tokenizer` (encode, decode, eos_id).
+    tokenizer: a `data.tokenizer.Tokenizer` (encode, decode, eos_id, end_ids).
     batch_size: completions decoded at a time, over all streams.
     steps: decode steps between looks of the host at what is finished.
     stop_at_eos: False lets every completion run to max_new_tokens, for timing.
@@ -37,13 +37,14 @@ def make_generate(
     empty prompt, on one longer than config.max_length - max_new_tokens, and on impossible sampling parameters.
   """
   prepared = decode.prepare(config, params)
-  eos_id = tokenizer.eos_id if stop_at_eos else decode.NOT_EMITTED
+  # A chat model may end a text in several ways; whatever encodes and decodes will do as a tokenizer, with eos_id alone.
+  end_ids = tuple({tokenizer.eos_id, *getattr(tokenizer, 'end_ids', ())}) if stop_at_eos else (decode.NOT_EMITTED,)
   workers = side_by_side() if streams is None else streams
   size = -(-batch_size // workers)
 
   def generate(prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Completion]]:
     sampler.check(sampling)
-    encoded = [tuple(tokenizer.encode(prompt.text)) for prompt in prompts]
+    encoded = [prompt.tokens or tuple(tokenizer.encode(prompt.text)) for prompt in prompts]
     _check_lengths(prompts, encoded, config.max_length - sampling.max_new_tokens)
     by_length = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     rows = [(i, sample) for i in by_length for sample in range(sampling.samples)]
@@ -53,7 +54,7 @@ def make_generate(
       distinct = list(dict.fromkeys(i for i, _ in batch))
       return decode.complete(
           config, prepared, [encoded[i] for i in distinct], [distinct.index(i) for i, _ in batch],
-          sampler.row_keys(sampling.seed, ((prompts[i].id, sample) for i, sample in batch)), sampling, eos_id=eos_id,
+          sampler.row_keys(sampling.seed, ((prompts[i].id, sample) for i, sample in batch)), sampling, end_ids=end_ids,
           batch_size=size, steps=steps, progress=progress,
       )
 
@@ -62,7 +63,7 @@ def make_generate(
       for (i, sample), row_tokens, row_logprobs in zip(batch, *completed, strict=True):
         results[i].append(Completion(
             prompt=prompts[i], sample=sample, text=tokenizer.decode(row_tokens), prompt_tokens=encoded[i],
-            tokens=tuple(row_tokens), logprobs=tuple(row_logprobs), finished=row_tokens[-1] == eos_id,
+            tokens=tuple(row_tokens), logprobs=tuple(row_logprobs), finished=row_tokens[-1] in end_ids,
             spent=Spent(prefilled=len(encoded[i]), sampled=len(row_tokens)),
         ))
     return results

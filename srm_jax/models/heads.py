@@ -7,9 +7,13 @@ from srm_jax.models.config import TransformerConfig
 from srm_jax.types import Params
 
 
-def unembedding(params: Params) -> jax.Array:
-  """The [D, V] matrix from hidden states to logits (the transposed embedding where the head is tied)."""
-  return params['head'] if 'head' in params else params['embedding'].T
+def unembedding(params: Params, rows: int | None = None) -> jax.Array:
+  """The [D, V] matrix from hidden states to logits (the transposed embedding where the head is tied).
+
+  rows: only the first so many of the vocabulary, where models of one tokenizer pad it differently.
+  """
+  kernel = params['head'] if 'head' in params else params['embedding'].T
+  return kernel if rows is None or rows == kernel.shape[1] else kernel[:, :rows]
 
 
 def logits(config: TransformerConfig, params: Params, hidden: jax.Array) -> jax.Array:

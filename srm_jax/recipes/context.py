@@ -8,7 +8,7 @@ import jax
 
 from srm_jax import checkpoints, schema
 from srm_jax.data import packing, pipeline, records
-from srm_jax.data.tokenizer import Tokenizer
+from srm_jax.data.tokenizer import Tokenizer, same_vocabulary
 from srm_jax.models.config import TransformerConfig
 from srm_jax.models.transformer import Transformer
 from srm_jax.tasks import TASKS
@@ -140,22 +140,19 @@ def dataset(data: DataConfig, batch: BatchConfig, context: Context) -> Source:
 
 
 def load_teacher(folder: str, context: Context) -> checkpoints.Model:
-  """A frozen model in the student's compute dtype that shares the student's vocabulary.
+  """A frozen model in the student's compute dtype that shares the student's vocabulary (the rows with which either
+  pads it do not count).
 
   Raises:
     ConfigError: its tokenizer is another one.
   """
   teacher = checkpoints.load_model(folder, dtype=context.model.dtype)
-  if teacher.tokenizer.fingerprint != context.tokenizer.fingerprint:
+  same = teacher.tokenizer.fingerprint == context.tokenizer.fingerprint
+  if not same and not same_vocabulary(teacher.tokenizer, context.tokenizer):
     raise schema.ConfigError(
         f'teacher {folder} has tokenizer {teacher.tokenizer.name} of {teacher.tokenizer.vocab_size} pieces, '
         f'the student {context.tokenizer.name} of {context.tokenizer.vocab_size}; '
         'logits can only be compared over one vocabulary'
-    )
-  if teacher.config.vocab_size != context.model.vocab_size:
-    raise schema.ConfigError(
-        f'teacher {folder} has {teacher.config.vocab_size} logits, '
-        f'config.model.vocab_size is {context.model.vocab_size}; logits can only be compared over one vocabulary'
     )
   return teacher
 

@@ -110,6 +110,7 @@ def objective(loss: LossConfig, student, teacher) -> Objective:
   feature = schema.choose('hidden.feature', loss.hidden.feature, FEATURES)
   pairs = layer_map(loss.hidden.layers, student.num_layers, teacher.num_layers)
   taps = ('hidden',) if loss.hidden.weight else ()
+  rows = min(student.vocab_size, teacher.vocab_size)  # what lies beyond is padding of one of the two
 
   def terms(params, batch, frozen, rng):
     del rng
@@ -117,8 +118,8 @@ def objective(loss: LossConfig, student, teacher) -> Objective:
     ours = forward(student, params['model'], batch, taps=taps)
     theirs = jax.lax.stop_gradient(forward(teacher, frozen['teacher'], batch, taps=taps))
     total, aux = lm_head.reduced(
-        token_loss, lm_head.Head(ours.hidden, heads.unembedding(params['model'])), batch.targets, batch.loss_mask,
-        teacher=lm_head.Head(theirs.hidden, heads.unembedding(frozen['teacher'])),
+        token_loss, lm_head.Head(ours.hidden, heads.unembedding(params['model'], rows)), batch.targets,
+        batch.loss_mask, teacher=lm_head.Head(theirs.hidden, heads.unembedding(frozen['teacher'], rows)),
         chunk=loss.head_chunk, mesh=sharding.current_mesh(),
     )
     count = count_tokens(batch)

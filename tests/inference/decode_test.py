@@ -25,9 +25,9 @@ def prepared():
   return decode.prepare(models.CONFIG, models.params())
 
 
-def _complete(prepared, prompts=PROMPTS, keys=KEYS, *, eos_id=-1, batch_size=4, steps=8, progress=None, **sampling):
+def _complete(prepared, prompts=PROMPTS, keys=KEYS, *, end_ids=(-1,), batch_size=4, steps=8, progress=None, **sampling):
   return decode.complete(
-      models.CONFIG, prepared, prompts, range(len(prompts)), keys, SamplingParams(**sampling), eos_id=eos_id,
+      models.CONFIG, prepared, prompts, range(len(prompts)), keys, SamplingParams(**sampling), end_ids=end_ids,
       batch_size=batch_size, steps=steps, progress=progress,
   )
 
@@ -66,7 +66,7 @@ def test_growth_and_call_length_change_nothing(prepared):
 def test_a_row_ends_with_its_first_end_of_text_and_the_rest_go_on(prepared):
   free, logprobs = _complete(prepared, max_new_tokens=24)
   eos = free[1][10]
-  stopped, stopped_logprobs = _complete(prepared, max_new_tokens=24, eos_id=eos)
+  stopped, stopped_logprobs = _complete(prepared, max_new_tokens=24, end_ids=(eos,))
   for row, whole, row_logprobs, whole_logprobs in zip(stopped, free, stopped_logprobs, logprobs, strict=True):
     end = whole.index(eos) + 1 if eos in whole else 24
     assert row == whole[:end]
@@ -74,12 +74,23 @@ def test_a_row_ends_with_its_first_end_of_text_and_the_rest_go_on(prepared):
   assert stopped[1].count(eos) == 1
 
 
+def test_whatever_ends_a_text_ends_a_row(prepared):
+  """Chat models end a turn with one token and a text with another."""
+  free, _ = _complete(prepared, max_new_tokens=24)
+  ends = (free[0][5], free[1][9])
+  stopped, _ = _complete(prepared, max_new_tokens=24, end_ids=ends)
+  for row, whole in zip(stopped, free, strict=True):
+    places = [whole.index(end) + 1 for end in ends if end in whole]
+    assert row == whole[: min(places, default=24)]
+  assert stopped[0][-1] in ends and stopped[1][-1] in ends
+
+
 def test_smaller_batches_take_over_when_rows_finish(prepared):
   free, logprobs = _complete(prepared, max_new_tokens=24, batch_size=4)
   eos = next(token for token in free[2] if token in free[0][:8] + free[1][:8])  # ends a row in the first call
   ends = [row.index(eos) + 1 if eos in row else 24 for row in free]
   assert sum(end > 8 for end in ends) <= 2 and max(ends) > 8
-  stopped, stopped_logprobs = _complete(prepared, max_new_tokens=24, batch_size=4, eos_id=eos)
+  stopped, stopped_logprobs = _complete(prepared, max_new_tokens=24, batch_size=4, end_ids=(eos,))
   assert stopped == [row[:end] for row, end in zip(free, ends, strict=True)]
 
 
@@ -87,14 +98,14 @@ def test_decoding_stops_when_all_rows_are_done(prepared):
   tokens, lengths = decode.pad_left(PROMPTS, 4)
   state = decode.prefill(models.CONFIG, prepared, tokens, lengths, np.arange(4), KEYS, size=32)
   start = int(state.cache.index)
-  first = decode.decode(models.CONFIG, prepared, state, 1.0, -1, 16, top_k=1, top_p=1.0, steps=16)[1]
+  first = decode.decode(models.CONFIG, prepared, state, 1.0, np.array([-1]), 16, top_k=1, top_p=1.0, steps=16)[1]
   assert (np.asarray(first) >= 0).all()
   state = decode.prefill(models.CONFIG, prepared, tokens, lengths, np.arange(4), KEYS, size=32)
   state = state._replace(done=jnp.array([True, True, False, True]))
   eos = int(first[2, 5])
   steps = first[2].tolist().index(eos) + 1
   state, emitted, logprobs, done = decode.decode(
-      models.CONFIG, prepared, state, 1.0, eos, 16, top_k=1, top_p=1.0, steps=16
+      models.CONFIG, prepared, state, 1.0, np.array([eos]), 16, top_k=1, top_p=1.0, steps=16
   )
   assert int(state.cache.index) == start + steps and done.all()
   assert emitted[2, :steps].tolist() == first[2, :steps].tolist()
@@ -114,7 +125,7 @@ def test_new_parameters_and_temperatures_compile_nothing(prepared):
 
 def test_progress_counts_every_token_once(prepared):
   reported = []
-  tokens, _ = _complete(prepared, max_new_tokens=20, eos_id=7, progress=reported.append)
+  tokens, _ = _complete(prepared, max_new_tokens=20, end_ids=(7,), progress=reported.append)
   assert sum(reported) == sum(map(len, tokens))
 
 

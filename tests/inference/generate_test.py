@@ -89,6 +89,27 @@ def test_end_of_text_is_kept_once_and_ends_the_text():
     assert completion.finished == (completion.tokens[-1] == Early.eos_id)
 
 
+def test_a_prompt_may_come_as_tokens():
+  """As of a rendered chat, whose control tokens no plain text encodes to."""
+  generate = _generate()
+  named = [Prompt('p0', 'whatever', tuple(TOKENIZER.encode(PROMPTS[0].text)))]
+  (found,), (expected, *_) = generate(named, SAMPLING), _results()
+  assert [one.tokens for one in found] == [one.tokens for one in expected]
+  assert found[0].prompt_tokens == named[0].tokens and found[0].spent.prefilled == len(named[0].tokens)
+
+
+def test_any_end_of_a_text_finishes_it():
+  free = _results()[0][0].tokens
+
+  class Ends(models.Characters):
+    end_ids = (models.Characters.eos_id, free[3])
+
+  (completion, *_), *_ = inference.make_generate(
+      models.CONFIG, models.params(), Ends, batch_size=4, steps=8
+  )(PROMPTS, SAMPLING)
+  assert completion.finished and completion.tokens == free[: free.index(free[3]) + 1]
+
+
 def test_completions_run_to_the_limit_where_end_of_text_is_off():
   class Always(models.Characters):
     eos_id = _results()[0][0].tokens[0]
