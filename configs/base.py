@@ -7,7 +7,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from srm_jax import checkpoints
+from srm_jax import checkpoints, schema
+from srm_jax.models.families import PRESETS
 
 
 def parse_arg(arg: str, **defaults):
@@ -38,8 +39,12 @@ def model(*, embed_dim, num_layers, num_heads, mlp_dim, num_kv_heads=None, max_l
 
 def model_of(folder: str, **options):
   """The model of a folder: a published one, or a run's workdir."""
-  config = dataclasses.asdict(checkpoints.model_config(folder))
-  return ConfigDict(config | dict(param_dtype='float32') | options)
+  return ConfigDict(dataclasses.asdict(checkpoints.model_config(folder)) | dict(param_dtype='float32') | options)
+
+
+def preset(name: str, **options):
+  """The shape of a published model, by its name in srm_jax.models.families."""
+  return ConfigDict(dataclasses.asdict(schema.choose('preset', name, PRESETS)) | options)
 
 
 def optimizer(name='muon', *, learning_rate=3e-3, matrix_learning_rate=0.02, **options):

@@ -10,39 +10,30 @@ Expected: experiments/quickstart/reference.json, five seeds.
 from ml_collections import ConfigDict
 
 from configs import base
-from configs.quickstart_sizes import GIVEN, SIZES
+from configs.quickstart_sizes import DEFAULTS, GIVEN, SIZES
 
 DEV, TEST = 50_000, 60_000  # offsets of the problem seeds: train, dev and test problems are also disjoint by hash
 
 
 def get_config(arg: str = ''):
-  """arg: 'task=arithmetic_mix,size=full,seed=1,steps=1.0,dtype=float32'; steps scales the length of every training.
-
-  teacher=DIR,student=DIR start from models that are there: published ones, or those of other runs.
-  """
-  a = base.parse_arg(
-      arg, task='arithmetic_mix', size='full', seed=1, steps=1.0, dtype='float32', teacher='', student='',
-  )
-  given = GIVEN if a.teacher or a.student else {}
-  s = ConfigDict(SIZES[a.task] | SIZES[f'{a.task}/{a.size}'] | given)
+  """arg: DEFAULTS of configs/quickstart_sizes.py, 'task=gsm8k,seed=2'; steps scales the length of every training."""
+  a = base.parse_arg(arg, **DEFAULTS)
+  given = a.student or a.teacher
+  s = ConfigDict(SIZES[a.task] | SIZES[f'{a.task}/{a.size}'] | (GIVEN if given else {}))
   seed, task = a.seed * 1000, a.task
   steps = {name: max(2, round(a.steps * count)) for name, count in s.steps.items()}
   gold = base.data(task, count=s.gold, seed=seed + 1)
   fresh = base.data(task, count=s.prompts, seed=seed + 2)
   annotated = base.data(task, records='{annotate}/annotations.jsonl', target=f'{s.annotations_used}completion')
   same_prompts = base.data(task, records='{annotate}/annotations.jsonl', target=f'{s.annotations_used}solution')
-  rows = base.batch(s.rows, s.length)
-  stages, order = {}, []
+  rows, stages = base.batch(s.rows, s.length), {}
 
   def add(name, run, config):
     stages[name] = dict(run=run, config=config)
-    order.append(name)
 
   def training(name, recipe, shape, run_seed, **options):
     start, how = a.student if shape == 'student' else '', dict(max_length=s.context, dtype=a.dtype)
     model = base.model_of(start, **how) if start else base.model(**s[shape], **how)
-    if name == 'base':
-      options |= dict(init_from=start)
     optimizer = base.optimizer(**s.optimizer[options.pop('optimizer', name)])
     add(name, 'train', base.train(
         recipe, tokenizer='{tokenizer}', model=model, seed=run_seed, optimizer=optimizer,
@@ -56,17 +47,15 @@ def get_config(arg: str = ''):
     ))
 
   known = base.data(task, count=s.teacher_problems, seed=seed + 3)
-  if a.teacher or a.student:
-    add('tokenizer', 'given', dict(folder=a.student or a.teacher))
-  else:
-    add('tokenizer', 'tokenizer', dict(data=known, vocab_size=s.vocab, split_by_whitespace=False))
+  trained = dict(data=known, vocab_size=s.vocab, split_by_whitespace=False)
+  add('tokenizer', 'given' if given else 'tokenizer', dict(folder=given) if given else trained)
   if a.teacher:
     add('teacher', 'given', dict(folder=a.teacher))
   else:
     training('teacher', base.sft(known, rows), 'teacher', seed + 3)
   several = base.sampling(samples=s.annotations, max_new_tokens=s.new_tokens, seed=seed + 4)
   add('annotate', 'annotate', base.annotate('{teacher}', fresh, several, batch_size=s.decode_rows))
-  training('base', base.sft(gold, rows), 'student', seed + 5)
+  training('base', base.sft(gold, rows), 'student', seed + 5, init_from=a.student)
   # Cool samples: at temperature 1 a weak student derails, and the teacher's corrections on nonsense teach little.
   sampled = base.rollouts(
       prompts=s.opd_prompts, samples=1, length=s.row, max_new_tokens=s.new_tokens, temperature=s.opd_temperature,
@@ -98,4 +87,4 @@ def get_config(arg: str = ''):
       direct=base.strategy('direct'), greedy=base.strategy(), sample=base.strategy(temperature=1.0),
       majority=base.strategy('self_consistency', **many), best_of_n=base.strategy('best_of_n', **many),
   ), scorer='{teacher}')
-  return ConfigDict(dict(seed=a.seed, task=task, size=a.size, order=tuple(order), stages=stages))
+  return ConfigDict(dict(seed=a.seed, task=task, size=a.size, order=tuple(stages), stages=stages))

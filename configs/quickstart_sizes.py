@@ -20,6 +20,9 @@ _GSM8K = _ARITHMETIC | dict(
     annotations_used='unfiltered_',  # a teacher trained for minutes is almost never right on these problems
 )
 
+# teacher, student: folders of models that are there, in place of those that the line makes.
+DEFAULTS = dict(task='arithmetic_mix', size='full', seed=1, steps=1.0, dtype='float32', teacher='', student='')
+
 # A tokenizer that was not trained on the problems needs more tokens for them.
 GIVEN = dict(length=320, row=320, context=448)
 

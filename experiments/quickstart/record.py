@@ -95,13 +95,14 @@ def load(workdir) -> tuple[Settings, dict[str, Stage]]:
     raise ConfigError(f'{workdir} holds no quickstart (no {FILE}); bash experiments/quickstart.sh makes one')
   content, folder = _content(path), path.parent
   stages = {
-      name: Stage(
-          name, one['run'], folder / one['folder'], pathlib.Path(os.path.normpath(folder / one['folder'] / one['target'])),
-          one['seconds'], one['outcome'],
-      )
+      name: Stage(name, one['run'], folder / one['folder'], _target(folder, one), one['seconds'], one['outcome'])
       for name, one in content['stages'].items()
   }
   return Settings(**content['settings']), stages
+
+
+def _target(folder: pathlib.Path, one: Mapping) -> pathlib.Path:
+  return pathlib.Path(os.path.normpath(folder / one['folder'] / one['target']))
 
 
 def _content(path) -> dict:

@@ -135,7 +135,8 @@ def decode(config: TransformerConfig, params: Params, state: Decoding, temperatu
   """Up to min(limit, steps) tokens for every row that is not done; the cache must have room for them.
 
   Args:
-    temperature, limit: traced scalars. end_ids: int32 [n]; a row is done once it has emitted one of them (-1: never).
+    temperature, limit: traced scalars.
+    end_ids: int32 [n]; a row is done once it has emitted one of them (-1: never).
     top_k, top_p: as in `logits.sample`.
     steps: width of the output.
 
@@ -161,7 +162,8 @@ def decode(config: TransformerConfig, params: Params, state: Decoding, temperatu
     emitted = jnp.where(state.done, NOT_EMITTED, token)
     tokens = jax.lax.dynamic_update_slice(tokens, emitted[:, None], (0, i))
     logprobs = jax.lax.dynamic_update_slice(logprobs, jnp.where(state.done, 0.0, logprob)[:, None], (0, i))
-    state = Decoding(out.cache, token, position, state.keys, state.done | jnp.any(token[:, None] == end_ids[None], axis=1))
+    done = state.done | jnp.any(token[:, None] == end_ids[None], axis=1)
+    state = Decoding(out.cache, token, position, state.keys, done)
     return i + 1, state, tokens, logprobs
 
   def unfinished(carry):
@@ -208,8 +210,8 @@ def complete(
     if used + count > state.cache.segment_ids.shape[1]:
       state = _grow(state, size=bucket(used + count))
     state, *new = decode(
-        config, params, state, np.float32(temperature), np.asarray(end_ids, np.int32), np.int32(count), top_k=top_k, top_p=top_p,
-        steps=steps,
+        config, params, state, np.float32(temperature), np.asarray(end_ids, np.int32), np.int32(count), top_k=top_k,
+        top_p=top_p, steps=steps,
     )
     new_tokens, new_logprobs, done = map(np.asarray, new)
     emitted = new_tokens != NOT_EMITTED
