@@ -1,0 +1,39 @@
+"""Notebooks are committed executed, and still run from top to bottom."""
+
+import json
+import os
+import pathlib
+import shutil
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / 'notebooks').glob('*.ipynb'))
+
+
+def cells(path):
+  return [cell for cell in json.loads(path.read_text())['cells'] if cell['cell_type'] == 'code']
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_committed_executed(path):
+  assert [cell['execution_count'] for cell in cells(path)] == list(range(1, len(cells(path)) + 1))
+  kinds = {output['output_type'] for cell in cells(path) for output in cell['outputs']}
+  assert kinds and 'error' not in kinds
+  assert str(pathlib.Path.home()) not in path.read_text() and '/tmp/' not in path.read_text()
+
+
+@pytest.mark.slow
+def test_notebooks_run(tmp_path):
+  """In a folder that looks like the repository and has no runs: the first one makes a smoke run, the others find it."""
+  nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
+  for name in ('srm_jax', 'experiments', 'configs'):
+    (tmp_path / name).symlink_to(ROOT / name)
+  shutil.copytree(ROOT / 'notebooks', tmp_path / 'notebooks')
+  for path in sorted((tmp_path / 'notebooks').glob('*.ipynb')):
+    notebook = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(
+        notebook, timeout=600, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}},
+        extra_arguments=['--Application.log_level=50'], env=os.environ,
+    ).execute()
+    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == 'code')
