@@ -9,16 +9,8 @@ from jax.sharding import PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
 from srm_jax import schema
+from srm_jax.models.layers import INPUT_AXES
 from srm_jax.types import Params
-
-# Logical axes that a projection sums over; the remaining ones index its output. 'layers' is a batch axis.
-_INPUT_AXES = {
-    ('embed', 'heads', 'head_dim'): 1,
-    ('embed', 'kv_heads', 'head_dim'): 1,
-    ('heads', 'head_dim', 'embed'): 2,
-    ('embed', 'mlp'): 1,
-    ('mlp', 'embed'): 1,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +67,7 @@ def muon_dimensions(names: Params):
   def one(axes):
     axes = tuple(axes)
     batch = 1 if axes[:1] == ('layers',) else 0
-    inputs = _INPUT_AXES.get(axes[batch:])
+    inputs = INPUT_AXES.get(axes[batch:])
     if inputs is None or not batch:
       return None
     last = len(axes)
@@ -105,9 +97,9 @@ OPTIMIZERS: dict[str, Callable] = {'adamw': _adamw, 'muon': _muon}
 
 
 def _decayed(params):
-  """Weight decay for matrices only: norms and biases have at most one axis beside 'layers'."""
+  """Weight decay for matrices only: norms, biases and magnitudes have at most one axis beside 'layers'."""
   return jax.tree_util.tree_map_with_path(
-      lambda path, _: not any(str(getattr(key, 'key', '')) in ('scale', 'bias') for key in path), params
+      lambda path, _: not any(str(getattr(key, 'key', '')) in ('scale', 'bias', 'magnitude') for key in path), params
   )
 
 

@@ -25,6 +25,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     'norm': None,
     'layers': None,
     'experts': None,  # their products are ragged: a split axis would be gathered first
+    'adapter_rank': None,
     # activations
     'batch': TOKEN_AXES,
     'time': None,

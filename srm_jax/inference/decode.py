@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from srm_jax.inference import logits as sampler
+from srm_jax.models import adapters, transformer
 from srm_jax.models import cache as kv
-from srm_jax.models import transformer
 from srm_jax.models.config import TransformerConfig
 from srm_jax.sharding import constrain, current_mesh
 from srm_jax.types import Params, SamplingParams
@@ -59,13 +59,17 @@ def prepare(config: TransformerConfig, params: Params) -> Params:
 
   Decoding reads every weight at every step; gathering them once here keeps collectives out of the loop. The copy
   shares nothing with `params`, which a train step may donate afterwards.
+
+  Adapters are merged into the copy, and quantised matrices made whole: a step then costs what it costs without, for
+  one more stack of layers while the copy is made, the memory of dense weights, and a rounding to the compute dtype
+  that the trainer does not have (below it, a bfloat16 sampler does not see a small change of a large weight).
   """
   return _prepare(config, params)
 
 
 @functools.partial(jax.jit, static_argnames='config')
 def _prepare(config, params):
-  params = transformer.cast(params, config.dtype)
+  params = transformer.cast(adapters.merge(config, params, dtype=config.dtype), config.dtype)
   if current_mesh() is not None:
     params = jax.tree.map(_gather, params, transformer.param_names(config))
   return transformer.unstack_layers(params)

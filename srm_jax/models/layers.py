@@ -8,9 +8,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from srm_jax.models import quantization
 from srm_jax.models.config import TransformerConfig
+from srm_jax.models.quantization import Quantized
 from srm_jax.sharding import constrain
 
+# Logical axes of a kernel -> how many of them it sums over; the remaining ones index its output.
+INPUT_AXES: Mapping[tuple[str, ...], int] = {
+    ('embed', 'heads', 'head_dim'): 1,
+    ('embed', 'kv_heads', 'head_dim'): 1,
+    ('heads', 'head_dim', 'embed'): 2,
+    ('embed', 'mlp'): 1,
+    ('mlp', 'embed'): 1,
+}
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     'silu': nn.silu,
@@ -45,10 +55,48 @@ def _matmul_backward(residuals, dy):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+def dense(kernel: jax.Array | Quantized, dtype) -> jax.Array:
+  """One layer's [in, out] matrix in `dtype`, whether it is stored whole or quantised."""
+  return quantization.dequantize(kernel, dtype) if isinstance(kernel, Quantized) else kernel.astype(dtype)
+
+
+def column_norms(kernel: jax.Array | Quantized, a, b, scale) -> jax.Array:
+  """|| W + s A B || of every output, float32 [out], without forming A B.
+
+  ||w + s A b||^2 = ||w||^2 + 2 s (W^T A)_o . b + s^2 b^T (A^T A) b, for kernel [in, out], a [in, r], b [r, out].
+  """
+  w, a, b = dense(kernel, jnp.float32), a.astype(jnp.float32), b.astype(jnp.float32)
+  product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+  cross = jnp.sum(product(a.T, w) * b, axis=0)
+  square = jnp.sum(product(product(a.T, a), b) * b, axis=0)
+  return jnp.sqrt(jnp.sum(w * w, axis=0) + 2 * scale * cross + scale * scale * square)
+
+
+def adapt(x, y, kernel: jax.Array | Quantized, factors: Mapping[str, jax.Array]) -> jax.Array:
+  """y = x W becomes x W + s (x A) B, and with a magnitude m that times m / || W + s A B ||.
+
+  Args:
+    x: [..., in]; y: [..., out], both in the compute dtype.
+    kernel: W, frozen.
+    factors: a [in, r], b [r, out], scale (scalar; 0 where the layer has no adapter), and for DoRA magnitude [out].
+
+  The norm is a constant of the backward pass, as section 4.3 of DoRA has it.
+  Reference: Hu et al., LoRA, arXiv:2106.09685; Liu et al., DoRA, arXiv:2402.09353.
+  """
+  a, b, scale = factors['a'], factors['b'], factors['scale']
+  y = y + matmul(matmul(x, a.astype(x.dtype)) * scale.astype(x.dtype), b.astype(x.dtype))
+  if 'magnitude' not in factors:
+    return y
+  norms = jax.lax.stop_gradient(column_norms(kernel, a, b, scale))
+  ratio = jnp.where(scale > 0, factors['magnitude'] / norms, 1.0).astype(y.dtype)
+  return y * jnp.expand_dims(ratio, range(y.ndim - 1))
+
+
 class Projection(nn.Module):
   """y = x W (+ b), contracting the last `contract` axes of x with the first `contract` axes of W.
 
-  shape and axes describe W; W is stored in param_dtype and multiplied in dtype.
+  shape and axes describe W; W is stored in param_dtype, or quantised, and multiplied in dtype. Where collection
+  'adapters' has an entry of this module's path, it is added to the product (`adapt`), and W is taken to be frozen.
   """
 
   config: TransformerConfig
@@ -60,13 +108,15 @@ class Projection(nn.Module):
   @nn.compact
   def __call__(self, x):
     fan_in = math.prod(self.shape[: self.contract])
-    kernel = self.param(
-        'kernel', nn.with_logical_partitioning(_fan_in(fan_in), tuple(self.axes)), tuple(self.shape),
-        jnp.dtype(self.config.param_dtype),
-    )
+    kernel = self._kernel(fan_in)
     # One two-dimensional product: backends are at their best there, and the reshapes are free.
     flat = x.reshape(*x.shape[: x.ndim - self.contract], fan_in)
-    y = matmul(flat, kernel.reshape(fan_in, -1).astype(self.config.dtype))
+    if isinstance(kernel, Quantized):
+      y = quantization.matmul(flat, kernel)
+    else:
+      y = matmul(flat, kernel.astype(self.config.dtype))
+    if self.has_variable('adapters', 'a'):
+      y = adapt(flat, y, kernel, self.variables['adapters'])
     y = y.reshape(*flat.shape[:-1], *self.shape[self.contract :])
     if self.bias:
       out_axes = tuple(self.axes[self.contract :])
@@ -76,6 +126,17 @@ class Projection(nn.Module):
       )
       y = y + jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - bias.ndim))
     return y
+
+  def _kernel(self, fan_in: int) -> jax.Array | Quantized:
+    """W as a matrix, as it is stored."""
+    stored = self.get_variable('params', 'kernel')
+    if isinstance(stored, Quantized):
+      return stored
+    kernel = self.param(
+        'kernel', nn.with_logical_partitioning(_fan_in(fan_in), tuple(self.axes)), tuple(self.shape),
+        jnp.dtype(self.config.param_dtype),
+    )
+    return kernel.reshape(fan_in, -1)
 
 
 class RMSNorm(nn.Module):

@@ -2,6 +2,8 @@
 
   x = embedding[inputs];  per layer: x += attention(norm(x)); x += mlp(norm(x));  hidden = norm(x)
 
+Weights may be quantised, and the collection 'adapters' may add to them (`models.adapters`): apply({'params': params,
+'adapters': adapters}, ...).
 Training scans over stacked parameters with rematerialisation, one period of the layer pattern an iteration; decoding
 unrolls over a tuple of per-layer parameters and an explicit cache. Both call the same `Block`.
 """
@@ -130,22 +132,33 @@ class Transformer(nn.Module):
     """Iterations of whole periods of the pattern, and what is left over after them."""
     c = self.config
     period = max(c.unroll, len(c.pattern))
-    layers = self.variables['params']['layers']
+    layers = {name: tree['layers'] for name, tree in self.variables.items()}
+    # Under adapters the weights are frozen. A block then takes its own out of the stack, in the backward pass again:
+    # as inputs of the iterations, all of them would be kept a second time between the passes.
+    frozen = jax.lax.stop_gradient(layers.pop('params')) if 'adapters' in layers else None
     loops, rest = divmod(c.num_layers, period)
     whole = jax.tree.map(lambda leaf: leaf[: loops * period].reshape(loops, period, *leaf.shape[1:]), layers)
 
-    def some(x, stacked, *, scanned):
+    def apply(kind, own, layer, *inputs):
+      if frozen is not None:
+        own = own | {'params': jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, 0, False), frozen)}
+      return Block(c, kind, taps, parent=None).apply(own, *inputs)
+
+    def some(x, part, *, scanned):
+      stacked, first = part
       count, collected = jax.tree.leaves(stacked)[0].shape[0], []
-      for layer, params in enumerate(_split_layers(stacked, count)):
-        block = _remat(Block(c, c.kind(layer), taps, parent=None).apply, c.remat, scanned=scanned)
-        x, (_, seen) = block({'params': params}, x, angles, visible)
+      for layer, own in enumerate(_split_layers(stacked, count)):
+        block = _remat(functools.partial(apply, c.kind(layer)), c.remat, scanned=scanned)
+        x, (_, seen) = block(own, first if first is None else first + layer, x, angles, visible)
         collected.append(seen)
       return x, _stack(collected)
 
-    x, seen = jax.lax.scan(functools.partial(some, scanned=True), x, whole)
+    first = None if frozen is None else period * jnp.arange(loops)
+    x, seen = jax.lax.scan(functools.partial(some, scanned=True), x, (whole, first))
     seen = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), seen)
     if rest:
-      x, last = some(x, jax.tree.map(lambda leaf: leaf[loops * period :], layers), scanned=False)
+      last = jax.tree.map(lambda leaf: leaf[loops * period :], layers)
+      x, last = some(x, (last, first if first is None else jnp.asarray(loops * period)), scanned=False)
       seen = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), seen, last)
     return x, seen
 
@@ -155,11 +168,10 @@ class Transformer(nn.Module):
     c, collected, keys, values = self.config, [], [], []
     # Traced and lowered once a kind, not once a layer.
     blocks = {kind: jax.jit(Block(c, kind, taps, parent=None).apply) for kind in set(c.pattern)}
-    layers = zip(layer_params(self.variables['params']), cache.keys, cache.values, strict=True)
-    for layer, (params, key, value) in enumerate(layers):
-      x, ((key, value), seen) = blocks[c.kind(layer)](
-          {'params': params}, x, angles, visible, (key, value, cache.index)
-      )
+    split = {name: layer_params(tree) for name, tree in self.variables.items()}
+    for layer, (key, value) in enumerate(zip(cache.keys, cache.values, strict=True)):
+      own = {name: layers[layer] for name, layers in split.items()}
+      x, ((key, value), seen) = blocks[c.kind(layer)](own, x, angles, visible, (key, value, cache.index))
       keys.append(key)
       values.append(value)
       collected.append(seen)
@@ -195,6 +207,12 @@ def layer_params(params: Params) -> tuple[Any, ...]:
     return layers
   count = jax.tree.leaves(layers)[0].shape[0]
   return tuple(jax.tree.map(lambda leaf: leaf[i], layers) for i in range(count))
+
+
+def variables(params: Params) -> dict[str, Any]:
+  """What `Transformer.apply` takes: parameters, and the adapters that they may carry under 'adapters'."""
+  model = {name: tree for name, tree in params.items() if name != 'adapters'}
+  return {'params': model} | ({'adapters': params['adapters']} if 'adapters' in params else {})
 
 
 def unstack_layers(params: Params) -> Params:

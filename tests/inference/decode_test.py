@@ -7,6 +7,8 @@ import pytest
 
 from srm_jax.inference import decode
 from srm_jax.inference import logits as sampler
+from srm_jax.models import adapters, transformer
+from srm_jax.models.transformer import Transformer
 from srm_jax.types import SamplingParams
 from tests.inference import models
 
@@ -143,3 +145,20 @@ def test_batch_buckets(rows, size):
 
 def test_odd_batches_are_not_halved():
   assert decode.batch_bucket(1, 6) == 3 and decode.batch_bucket(4, 6) == 6 and decode.batch_bucket(1, 7) == 7
+
+
+def test_adapters_are_merged_and_quantised_matrices_made_whole():
+  """Greedy log-probabilities of the prepared copy are those of the adapters inside the block."""
+  adapter = adapters.AdapterConfig(2, 8.0, ('attention/[qo]*', '1/mlp/up'))
+  base = jax.jit(lambda params: adapters.quantize(models.CONFIG, params, 'int8', ('attention/*',)))(models.params())
+  tree = jax.jit(lambda: adapters.init_adapters(models.CONFIG, adapter, jax.random.key(0)))()
+  joined = adapters.join(models.CONFIG, adapter, base, jax.tree.map(lambda leaf: leaf + 0.2, tree))
+  copy = decode.prepare(models.CONFIG, joined)
+  assert jax.tree.structure(copy) == jax.tree.structure(decode.prepare(models.CONFIG, models.params()))
+  tokens, logprobs = _complete(copy, PROMPTS[:2], KEYS[:2], temperature=0.0, max_new_tokens=6)
+  for prompt, completion, found in zip(PROMPTS, tokens, logprobs):
+    rows, inputs = np.arange(len(completion)) + len(prompt) - 1, jnp.asarray([[*prompt, *completion]])
+    logits = jax.jit(Transformer(models.CONFIG).apply)(transformer.variables(joined), inputs).logits[0]
+    inside = jax.nn.log_softmax(logits)[rows, np.asarray(completion)]
+    np.testing.assert_allclose(found, inside, atol=1e-4)
+    assert np.max(np.abs(inside - _trainer_logprobs(prompt, completion, 1.0))) > 0.1
