@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests: bash tests/run.sh [--all] [pytest's own options and paths]
-# --all adds what is marked slow (kill tests, every family's parity) and, where it exists, the
-# TPU compiler for plan. Real data is found through SRM_DATA_DIR.
+# --all adds what is marked slow (kill tests, notebooks, every family's parity with PyTorch) and,
+# where it exists, the TPU compiler for plan. Real data is found through SRM_DATA_DIR.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . experiments/environment.sh
@@ -13,7 +13,7 @@ for argument in "$@"; do
   case $argument in
     --all)
       selection=()
-      extras+=(notebooks)
+      extras+=(notebooks bench)
       [ "$(uname -sm)" != 'Linux x86_64' ] || extras+=(tpu)
       ;;
     *) arguments+=("$argument") ;;
