@@ -9,7 +9,6 @@ were read before: both sides find them in the page cache.
 
 import json
 import pathlib
-import re
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import time
 from absl import app, flags
 
 from experiments import runtime
-from experiments.benchmarks import peers
+from experiments.benchmarks import peers, timing
 
 SHAPE = flags.DEFINE_string('shape', 'qwen2.5-0.5b', 'a preset of srm_jax.models.families')
 ROUNDS = flags.DEFINE_integer('rounds', 3, 'loads of each side', lower_bound=1)
@@ -38,12 +37,6 @@ def write(folder: pathlib.Path, shape: str):
   config = choose('shape', shape, PRESETS)
   params = jax.jit(lambda rng: transformer.cast(transformer.init_params(config, rng), 'bfloat16'))(jax.random.key(0))
   weights.save_pretrained(folder, config, params)
-
-
-def peak() -> int:
-  """Peak resident bytes of this process so far (Linux: what getrusage says may be the parent's)."""
-  status = pathlib.Path('/proc/self/status').read_text()
-  return 1024 * int(re.search(r'VmHWM:\s*(\d+)', status)[1])
 
 
 def ours(folder):
@@ -84,10 +77,10 @@ SIDES = {'srm_jax': ours, 'transformers': transformers}
 def measure(side: str, folder: str):
   """One load in this process, as a line of JSON."""
   load = SIDES[side](folder)
-  before, start = peak(), time.perf_counter()
+  before, start = timing.peak_memory(), time.perf_counter()
   size = load()
   seconds = time.perf_counter() - start
-  print(json.dumps({'seconds': seconds, 'peak': peak() - before, 'bytes': size}))
+  print(json.dumps({'seconds': seconds, 'peak': timing.peak_memory() - before, 'bytes': size}))
 
 
 def compare(folder: pathlib.Path) -> list[str]:

@@ -1,6 +1,8 @@
-"""Timing of competitors in turns, so that a machine's moods hit all of them alike."""
+"""Timing of competitors in turns, so that a machine's moods hit all alike; the memory that a process took."""
 
 import math
+import pathlib
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -37,3 +39,8 @@ def _timed(run: Callable[[], object]) -> tuple[float, float]:
   wall, processor = time.perf_counter(), time.process_time()
   run()
   return time.perf_counter() - wall, time.process_time() - processor
+
+
+def peak_memory() -> int:
+  """Most bytes that this process held so far (Linux; what getrusage says may be the parent's)."""
+  return 1024 * int(re.search(r'VmHWM:\s*(\d+)', pathlib.Path('/proc/self/status').read_text())[1])

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +50,7 @@ def load_pretrained(folder, *, dtype: str | None = None) -> tuple[TransformerCon
 
   Args:
     folder: local, or one that epath knows (gs://...), with config.json and safetensors.
-    dtype: what the parameters are cast to and computed in; None keeps the checkpoint's.
+    dtype: what the parameters are cast to and computed in; None keeps that of the checkpoint's embedding.
 
   Returns:
     (config, params); config.dtype and config.param_dtype are the parameters' dtype, and may be replaced.
@@ -164,15 +165,8 @@ def _published(config: TransformerConfig):
 
 def param_shapes(config: TransformerConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
   """{path: shape} of all parameters."""
-  abstract = jax.tree.map(lambda x: x.shape, _unboxed(config), is_leaf=lambda x: hasattr(x, 'shape'))
-  return traverse_util.flatten_dict(abstract)
-
-
-def _unboxed(config):
-  return jax.tree.map(
-      lambda box: box.value if hasattr(box, 'value') else box, transformer.abstract_params(config),
-      is_leaf=lambda box: hasattr(box, 'names'),
-  )
+  flat = traverse_util.flatten_dict(nn.meta.unbox(transformer.abstract_params(config)))
+  return {path: leaf.shape for path, leaf in flat.items()}
 
 
 def _with_dtype(config, dtype):
@@ -185,7 +179,7 @@ def _places(config, shapes):
   if mesh.empty:
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return dict.fromkeys(shapes, place)
-  abstract = _unboxed(config)
+  abstract = nn.meta.unbox(transformer.abstract_params(config))
   return traverse_util.flatten_dict(sharding.shardings(transformer.param_names(config), abstract, mesh))
 
 

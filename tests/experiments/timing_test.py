@@ -5,6 +5,12 @@ import math
 from experiments.benchmarks import timing
 
 
+def test_peak_memory_does_not_go_down():
+  before = timing.peak_memory()
+  bytes(100 * 2**20).count(1)
+  assert timing.peak_memory() >= max(before, 100 * 2**20)
+
+
 def test_sides_take_turns_after_one_untimed_call_each():
   calls = []
   found = timing.interleaved({'a': lambda: calls.append('a'), 'b': lambda: calls.append('b')}, rounds=2)
