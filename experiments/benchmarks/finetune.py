@@ -16,6 +16,7 @@ from absl import app, flags
 
 from experiments import runtime
 from experiments.benchmarks import timing
+from experiments.benchmarks.batches import make_batch
 
 SHAPE = flags.DEFINE_string('shape', 'qwen2.5-0.5b', 'a preset of srm_jax.models.families')
 LENGTH = flags.DEFINE_integer('length', 256, 'tokens of the one row of a step, and of the prompt', lower_bound=2)
@@ -56,7 +57,6 @@ def full():
   """A whole fine-tuning step."""
   import jax
 
-  from experiments.benchmarks.train_step import make_batch
   from srm_jax import optimizers, train_step
   from srm_jax.models import transformer
   from srm_jax.recipes import sft
@@ -110,7 +110,7 @@ def main(argv):
     flags_here = [f'--{flag}={FLAG.value}' for flag, FLAG in (
         ('shape', SHAPE), ('length', LENGTH), ('new_tokens', NEW_TOKENS), ('dtype', DTYPE))]
     command = [sys.executable, '-m', 'experiments.benchmarks.finetune', f'--part={part}', *flags_here]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
     print(
         f'{part:7} {found["seconds"]:7.2f} s   peak {found["peak"] / 1e9:5.2f} GB   '

@@ -90,7 +90,7 @@ def compare(folder: pathlib.Path) -> list[str]:
   for _ in range(ROUNDS.value):
     for side in sides:
       command = [sys.executable, '-m', 'experiments.benchmarks.load', f'--side={side}', f'--folder={folder}']
-      line = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+      line = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
       found[side].append(json.loads(line))
   file = sum(path.stat().st_size for path in folder.glob('*.safetensors'))
   lines = []

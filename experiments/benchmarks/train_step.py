@@ -11,11 +11,11 @@ the faster. Without instructions for bfloat16 PyTorch takes minutes a step: a si
 
 import dataclasses
 
-import numpy as np
 from absl import app, flags
 
 from experiments import runtime
 from experiments.benchmarks import peers, timing
+from experiments.benchmarks.batches import make_batch
 from srm_jax.models.config import TransformerConfig, num_params, train_flops
 from srm_jax.types import Batch
 
@@ -41,14 +41,6 @@ SHAPES = {
         512, num_layers=2, embed_dim=64, num_heads=4, num_kv_heads=4, head_dim=16, mlp_dim=192, unroll=2,
     ), 128),
 }
-
-
-def make_batch(vocab_size: int, rows: int, length: int) -> Batch:
-  """Random tokens, one segment a row, every target supervised."""
-  tokens = np.random.default_rng(0).integers(0, vocab_size, (rows, length + 1), dtype=np.int32)
-  ones = np.ones((rows, length), np.int32)
-  positions = np.cumsum(ones, axis=1, dtype=np.int32) - 1
-  return Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), positions, ones)
 
 
 def ours(config: TransformerConfig, batch: Batch):
