@@ -55,6 +55,13 @@ def optimizer(name='muon', *, learning_rate=3e-3, matrix_learning_rate=0.02, **o
   ) | options)
 
 
+def adapters(rank=0, *, alpha=None, targets=('attention/*', 'mlp/*'), kind='lora', scaling='alpha/r', base=''):
+  """rank 0 trains the whole model; alpha is twice the rank by default. base: 'int8' or 'nf4' quantises the rest."""
+  return ConfigDict(dict(
+      rank=rank, alpha=float(alpha or 2 * rank or 16), targets=targets, kind=kind, scaling=scaling, base=base,
+  ))
+
+
 def data(task='arithmetic_mix', split='train', *, count=1000, seed=1, records='', target='solution'):
   return ConfigDict(dict(task=task, split=split, count=count, seed=seed, records=records, target=target))
 
@@ -93,8 +100,8 @@ def train(recipe, *, tokenizer, model, optimizer, num_steps, seed=1, init_from='
   """A training run of any recipe."""
   return ConfigDict(dict(
       seed=seed, num_steps=num_steps, tokenizer=tokenizer, init_from=init_from, model=model, recipe=recipe,
-      optimizer=optimizer, mesh=(), microbatches=1, ema_decay=0.0, log_every=10, checkpoint_every=100,
-      keep_checkpoints=2, overfit_one_batch=False, progress=True,
+      adapters=adapters(), optimizer=optimizer, mesh=(), microbatches=1, ema_decay=0.0, log_every=10,
+      checkpoint_every=100, keep_checkpoints=2, overfit_one_batch=False, progress=True,
   ) | options)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from srm_jax.models.config import TransformerConfig
-from srm_jax.models.transformer import Transformer
+from srm_jax.models.transformer import Transformer, variables
 from srm_jax.types import Batch, Params
 
 
@@ -32,7 +32,7 @@ def first_non_finite(config: TransformerConfig, params: Params, batch: Batch, gr
   if bad is not None:
     return f'parameter {bad}'
   taps = Transformer(config).apply(
-      {'params': params['model']}, batch.inputs, positions=batch.positions, segment_ids=batch.segment_ids,
+      variables(params['model']), batch.inputs, positions=batch.positions, segment_ids=batch.segment_ids,
       logits_at=(), taps=('hidden',),
   ).taps
   finite = np.asarray(jnp.all(jnp.isfinite(taps['hidden']), axis=(1, 2, 3)))

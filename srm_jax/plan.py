@@ -19,10 +19,10 @@ from jax.sharding import PartitionSpec
 
 from srm_jax import checkpoints, hlo, optimizers, schema, sharding
 from srm_jax.data import tokenizer as tokenizers
-from srm_jax.models import transformer
-from srm_jax.models.config import TransformerConfig, train_flops
-from srm_jax.recipes import distill, on_policy, on_policy_distill, policy_gradient, sft
-from srm_jax.train import TrainConfig, resolve
+from srm_jax.models import adapters, transformer
+from srm_jax.models.config import TransformerConfig, forward_flops, train_flops
+from srm_jax.recipes import adapted, distill, on_policy, on_policy_distill, policy_gradient, sft
+from srm_jax.train import TrainConfig, resolve, trained_names
 from srm_jax.train_step import build_train_step, init_state
 from srm_jax.types import Batch, Objective, Rollouts, TrainState
 
@@ -137,6 +137,8 @@ def plan(config: ml_collections.ConfigDict, devices) -> Plan:
   memory = memory._replace(fits=memory.fits and memory.total <= chip.hbm)
   rows, length = getattr(recipe.batch, 'batch', recipe.batch).inputs.shape
   useful = train_flops(model, rows * length, length / 2)
+  if parsed.adapters.rank:  # frozen weights have no gradient
+    useful = 2 * forward_flops(model, rows * length, length / 2)
   executed = hlo.jaxpr_flops(traced.jaxpr)
   known = Plan(chip, len(devices), rows * length, useful, executed, memory, None, None)
   return known if text is None else _with_traffic(known, text)
@@ -176,11 +178,26 @@ def _frozen(model: TransformerConfig, dtype: str, mesh):
   return _placed(params, sharding.shardings(transformer.param_names(model), params, mesh))
 
 
+def _adapters(config: TrainConfig, model: TransformerConfig, mesh):
+  """Abstract {'adapters': ...}, and the frozen base that they are trained on, placed."""
+  adapted.check(model, config.adapters)
+  base, kind = _frozen(model, model.dtype, mesh), config.adapters.base
+  if kind:
+    base = jax.eval_shape(lambda params: adapters.quantize(model, params, kind), base)
+    base = _placed(base, sharding.shardings(adapters.quantized_names(model, kind), base, mesh))
+  init = lambda params: adapters.init_adapters(model, config.adapters, jax.random.key(0), params)
+  return {'adapters': jax.eval_shape(init, base)}, base
+
+
 def _step(config: TrainConfig, model, recipe: _Abstract, mesh):
   """The step function and its abstract arguments, placed as `train` places the real ones."""
   extra = {} if recipe.extra_params is None else jax.eval_shape(recipe.extra_params, jax.random.key(0))
-  params = {'model': nn.meta.unbox(transformer.abstract_params(model)), **extra}
-  names = {'model': transformer.param_names(model), **jax.tree.map(lambda _: PartitionSpec(), extra)}
+  if config.adapters.rank:
+    own, base = _adapters(config, model, mesh)
+  else:
+    own, base = {'model': nn.meta.unbox(transformer.abstract_params(model))}, None
+  params = own | extra
+  names = trained_names(config, model) | jax.tree.map(lambda _: PartitionSpec(), extra)
   tx = optimizers.make_optimizer(config.optimizer, config.num_steps, names)
   placed = sharding.shardings(names, params, mesh)
   state = jax.eval_shape(lambda params: init_state(params, tx, ema=config.ema_decay > 0), params)
@@ -189,8 +206,11 @@ def _step(config: TrainConfig, model, recipe: _Abstract, mesh):
   }
   state = _placed(state, TrainState(params=placed, **rest))
   frozen = {name: _frozen(frozen_model, model.dtype, mesh) for name, frozen_model in recipe.frozen.items()}
+  objective = recipe.objective
+  if base is not None:
+    frozen[adapted.BASE], objective = base, adapted.objective(objective, model, config.adapters)
   key = _placed(jax.eval_shape(jax.random.key, 0), sharding.replicated(mesh))
-  step = build_train_step(recipe.objective, tx, microbatches=config.microbatches, ema_decay=config.ema_decay)
+  step = build_train_step(objective, tx, microbatches=config.microbatches, ema_decay=config.ema_decay)
   return step, (state, _rows(recipe.batch, mesh), frozen, key)
 
 

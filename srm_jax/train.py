@@ -1,6 +1,7 @@
 """One loop for every recipe: train(config, workdir) -> Run."""
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -18,9 +19,10 @@ from jax.sharding import PartitionSpec
 
 from srm_jax import checkpoints, diagnostics, metrics, optimizers, schema, sharding
 from srm_jax.data import tokenizer as tokenizers
-from srm_jax.models import transformer, weights
+from srm_jax.models import adapters, transformer, weights
+from srm_jax.models.adapters import AdapterConfig
 from srm_jax.models.config import TransformerConfig, forward_flops, train_flops
-from srm_jax.recipes import RECIPES
+from srm_jax.recipes import RECIPES, adapted
 from srm_jax.recipes.context import Context
 from srm_jax.train_step import build_train_step, init_state, value_and_grad
 from srm_jax.types import Batch, Params, Recipe, Rollouts, TrainState
@@ -34,8 +36,9 @@ class TrainConfig:
 
   tokenizer: name, file or workdir. init_from: workdir whose newest parameters to start from; '' starts fresh.
   model: its vocab_size may be 0 (the tokenizer's). recipe: opened by the recipe itself. mesh: sizes of the mesh axes,
-  () for all devices on 'fsdp'. checkpoint_every 0 saves at the end only. ema_decay 0 keeps no average.
-  overfit_one_batch trains on the batch of step 0 for ever.
+  () for all devices on 'fsdp'. adapters: with rank 0 the whole model is trained; above, adapters alone, and what
+  init_from holds stays frozen, in the compute dtype or quantised. checkpoint_every 0 saves at the end only.
+  ema_decay 0 keeps no average. overfit_one_batch trains on the batch of step 0 for ever.
   """
 
   seed: int
@@ -44,6 +47,7 @@ class TrainConfig:
   init_from: str
   model: TransformerConfig
   recipe: Mapping[str, Any]
+  adapters: AdapterConfig
   optimizer: optimizers.OptimizerConfig
   mesh: tuple
   microbatches: int
@@ -117,14 +121,26 @@ def _setup(config: TrainConfig, mesh) -> _Setup:
   model = _model(config, tokenizer)
   context = Context(model, tokenizer, config.seed, config.num_steps)
   build = schema.choose('recipe', config.recipe.get('name', ''), RECIPES)
+  if config.adapters.rank:
+    adapted.check(model, config.adapters)
   recipe = build(config.recipe, context)
-  frozen = {name: params for name, (_, params) in recipe.frozen.items()}
-  names = {'model': transformer.param_names(model)}
+  names = trained_names(config, model)
   if recipe.extra_params is not None:
     extra = jax.eval_shape(recipe.extra_params, jax.random.key(0))
     names |= jax.tree.map(lambda _: PartitionSpec(), extra)
   tx = optimizers.make_optimizer(config.optimizer, config.num_steps, names)
+  if config.adapters.rank:
+    base = _start(config, model, model.dtype, mesh)
+    recipe = adapted.adapt(recipe, model, config.adapters, base, mesh)
+  frozen = {name: params for name, (_, params) in recipe.frozen.items()}
   return _Setup(config, context, recipe, mesh, frozen, names, tx)
+
+
+def trained_names(config: TrainConfig, model: TransformerConfig) -> dict:
+  """Logical names of what is trained of the model: all of it, or its adapters."""
+  if config.adapters.rank:
+    return {'adapters': adapters.adapter_names(model, config.adapters)}
+  return {'model': transformer.param_names(model)}
 
 
 def _model(config: TrainConfig, tokenizer) -> TransformerConfig:
@@ -151,24 +167,43 @@ def _model(config: TrainConfig, tokenizer) -> TransformerConfig:
   return model
 
 
-def _fresh_params(setup: _Setup):
-  params_key, extra_key = jax.random.split(jax.random.key(setup.config.seed))
+def _keys(config: TrainConfig):
+  """Of the model (or its adapters), and of what is trained beside it."""
+  return jax.random.split(jax.random.key(config.seed))
 
-  def make(params_key, extra_key):
-    extra = {} if setup.recipe.extra_params is None else setup.recipe.extra_params(extra_key)
-    return {'model': transformer.init_params(setup.context.model, params_key), **extra}
 
-  shape = jax.eval_shape(make, params_key, extra_key)
-  placed = sharding.shardings(setup.names, shape, setup.mesh)
-  params = jax.jit(make, out_shardings=placed, compiler_options=_once(setup.mesh))(params_key, extra_key)
-  if setup.config.init_from:
-    model = checkpoints.load_model(setup.config.init_from, dtype=setup.context.model.param_dtype)
-    params = {**params, 'model': jax.device_put(model.params, placed['model'])}
-  return params, placed
+def _start(config: TrainConfig, model: TransformerConfig, dtype: str, mesh) -> Params:
+  """The model's first parameters: those of init_from, or random ones of the seed."""
+  if config.init_from:
+    params = checkpoints.load_model(config.init_from, dtype=dtype).params
+    return jax.device_put(params, sharding.shardings(transformer.param_names(model), params, mesh))
+  make = lambda key: transformer.cast(transformer.init_params(model, key), dtype)
+  return _make(make, transformer.param_names(model), mesh, _keys(config)[0])
+
+
+def _make(function, names, mesh, *arguments):
+  """function(*arguments), created where the names say."""
+  placed = sharding.shardings(names, jax.eval_shape(function, *arguments), mesh)
+  return jax.jit(function, out_shardings=placed, compiler_options=_once(mesh))(*arguments)
+
+
+def _fresh_params(setup: _Setup) -> Params:
+  config, model = setup.config, setup.context.model
+  if config.adapters.rank:
+    make = functools.partial(adapters.init_adapters, model, config.adapters)
+    own = _make(make, setup.names['adapters'], setup.mesh, _keys(config)[0], setup.frozen[adapted.BASE])
+    params = {'adapters': own}
+  else:
+    params = {'model': _start(config, model, model.param_dtype, setup.mesh)}
+  if setup.recipe.extra_params is None:
+    return params
+  extra = {name: names for name, names in setup.names.items() if name not in params}
+  return {**params, **_make(setup.recipe.extra_params, extra, setup.mesh, _keys(config)[1])}
 
 
 def _fresh_state(setup: _Setup) -> TrainState:
-  params, placed = _fresh_params(setup)
+  params = _fresh_params(setup)
+  placed = jax.tree.map(lambda leaf: leaf.sharding, params)
   init = lambda params: init_state(params, setup.tx, ema=setup.config.ema_decay > 0)
   shape = jax.eval_shape(init, params)
   rest = {
@@ -206,11 +241,16 @@ def _meta(setup: _Setup, flops: float) -> dict:
 
 
 def step_flops(setup_model: TransformerConfig, recipe: Recipe, batch) -> float:
-  """Useful FLOPs of one step: the student's forward and backward, frozen models' forward, and sampling of rollouts."""
+  """Useful FLOPs of one step: the student's forward and backward, frozen models' forward, and sampling of rollouts.
+
+  Under adapters the student's weights have no gradient, which is a third of the work; the base's own forward pass is
+  counted with the frozen models, and what the adapters multiply is left out.
+  """
   rows: Batch = getattr(batch, 'batch', batch)
   tokens = int(np.count_nonzero(rows.segment_ids))
   context = float(np.sum(rows.positions)) / max(tokens, 1)
-  flops = train_flops(setup_model, tokens, context)
+  student = forward_flops if adapted.BASE in recipe.frozen else train_flops
+  flops = student(setup_model, tokens, context)
   flops += sum(forward_flops(config, tokens, context) for config, _ in recipe.frozen.values())
   return flops + (forward_flops(setup_model, tokens, context) if isinstance(batch, Rollouts) else 0.0)
 
@@ -304,7 +344,10 @@ def _check_finite(setup: _Setup, workdir, saved, state, pending, flops):
   saved.manager.wait_until_finished()
   key = jax.random.fold_in(jax.random.key(setup.config.seed), step)
   grads = value_and_grad(setup.recipe.objective, state.params, batch, setup.frozen, key)[1]
-  place = diagnostics.first_non_finite(setup.context.model, state.params, getattr(batch, 'batch', batch), grads)
+  params = state.params
+  if setup.config.adapters.rank:
+    params = adapted.joined(setup.context.model, setup.config.adapters, params, setup.frozen[adapted.BASE])
+  place = diagnostics.first_non_finite(setup.context.model, params, getattr(batch, 'batch', batch), grads)
   raise NonFiniteError(
       f'step {step}: not finite, first in {place}. The state before it is saved as checkpoint {int(state.step)}, '
       f'the batch in {path}. Lower the learning rate, or look at the batch'

@@ -12,6 +12,7 @@ import pytest
 from configs import base
 from experiments import plan as main
 from srm_jax import plan, schema
+from srm_jax.models import adapters
 from srm_jax.models.config import TransformerConfig, num_params
 from tests import tiny
 
@@ -121,3 +122,16 @@ def test_the_tpu_compiler_plans_a_small_run():
   assert done.stdout.count('15.75 GiB (fits)') == 2 and done.stdout.count('all-gather') == 2
   unknown = subprocess.run([*command[:-2], '--topology=v5e:3x17'], **options)
   assert unknown.returncode == 2 and 'v5e:3x17' in unknown.stderr
+
+
+@pytest.mark.parametrize('quantize', ['', 'int8'])
+def test_a_plan_counts_the_state_of_adapters_alone(quantize, cpu_chip):
+  config = tiny.sft(mesh=(1, 1, 1), model=dict(vocab_size=64), adapters=base.adapters(2, base=quantize))
+  found = plan.plan(config, jax.devices()[:1])
+  model = TransformerConfig(**config.model.to_dict())
+  section = adapters.AdapterConfig(**config.adapters.to_dict())
+  matrices = sum(np.prod(kernel.matrix) for kernel in adapters.kernels(model).values())
+  outputs = sum(kernel.matrix[1] for kernel in adapters.kernels(model).values())
+  stored = matrices + 4 * outputs if quantize else 4 * matrices
+  whole = 4 * (64 * 16 + 3 * 16) + stored + 3 * 4 * adapters.num_adapter_params(model, section) + 5 * 4 * 4 * 32
+  assert whole <= found.memory.arguments <= whole + 100

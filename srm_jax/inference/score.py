@@ -87,7 +87,7 @@ def _logprobs(config, params, prompts, lengths, tokens, *, temperature):
   segments = (positions >= 0).astype(jnp.int32)
   model = transformer.Transformer(config)
   hidden = model.apply(
-      {'params': params}, inputs, positions=jnp.maximum(positions, 0), segment_ids=segments, logits_at=()
+      transformer.variables(params), inputs, positions=jnp.maximum(positions, 0), segment_ids=segments, logits_at=()
   ).hidden[:, prompts.shape[1] - 1 :]
 
   fn = functools.partial(_token_logprobs, temperature=temperature)

@@ -10,7 +10,7 @@ from srm_jax import checkpoints, schema
 from srm_jax.data import packing, pipeline, records
 from srm_jax.data.tokenizer import Tokenizer, same_vocabulary
 from srm_jax.models.config import TransformerConfig
-from srm_jax.models.transformer import Transformer
+from srm_jax.models.transformer import Transformer, variables
 from srm_jax.tasks import TASKS
 from srm_jax.tasks.task import Task
 from srm_jax.types import Batch, Problem, Prompt, Source
@@ -158,9 +158,9 @@ def load_teacher(folder: str, context: Context) -> checkpoints.Model:
 
 
 def forward(config: TransformerConfig, params: Any, batch: Batch, *, taps=()):
-  """Hidden states of a packed batch: -> models.transformer.Output without logits."""
+  """Hidden states of a packed batch: -> models.transformer.Output without logits. params may carry adapters."""
   return Transformer(config).apply(
-      {'params': params}, batch.inputs, positions=batch.positions, segment_ids=batch.segment_ids, logits_at=(),
+      variables(params), batch.inputs, positions=batch.positions, segment_ids=batch.segment_ids, logits_at=(),
       taps=taps,
   )
 
