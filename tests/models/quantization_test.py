@@ -75,6 +75,17 @@ def test_the_product_and_its_gradient_are_those_of_the_dense_matrix(kind, dtype)
   )
 
 
+@pytest.mark.parametrize('kind', QUANTIZERS)
+def test_no_dense_matrix_waits_for_the_backward_pass(kind):
+  """Whatever the block's remat keeps: between the passes lie codes and absmax alone."""
+  stored = quantize(jax.random.normal(jax.random.key(0), (4 * BLOCK, 32)), kind)
+  kept = jax.eval_shape(
+      lambda x, stored: jax.vjp(lambda x: quantization.matmul(x, stored), x)[1], jnp.ones((1, 4 * BLOCK)), stored
+  )
+  bytes_of = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+  assert bytes_of(kept) <= bytes_of(stored) < 4 * BLOCK * 32 * 4 / 3
+
+
 def test_what_cannot_be_quantised():
   with pytest.raises(ValueError, match=r"quantization 'int4' unknown; choose from \['int8', 'nf4'\]"):
     quantize(jnp.ones((64, 2)), 'int4')
