@@ -1,6 +1,7 @@
 """Between runs and published models.
 
 python -m experiments.convert --source=runs/rl --target=DIR [--dtype=bfloat16] [--evaluation=runs/evaluation ...]
+python -m experiments.convert --source=runs/lora --target=DIR --adapters
 python -m experiments.convert --source=DIR --target=runs/qwen [--dtype=float32]
 
 A run's workdir becomes a folder that Hugging Face transformers loads (config, safetensors, tokenizer, generation
@@ -16,6 +17,7 @@ SOURCE = flags.DEFINE_string('source', None, 'Workdir of a run, or folder of a p
 TARGET = flags.DEFINE_string('target', None, 'Where the other form goes.', required=True)
 DTYPE = flags.DEFINE_string('dtype', '', 'Of the written parameters; theirs by default.')
 EVALUATION = flags.DEFINE_multi_string('evaluation', [], 'Workdir of an evaluation whose scores go into the card.')
+ADAPTERS = flags.DEFINE_bool('adapters', False, 'Write the adapters alone, as peft reads them, not merged.')
 OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace the weights of an earlier conversion.')
 
 
@@ -23,7 +25,10 @@ def run():
   from srm_jax import checkpoints, export
 
   dtype = DTYPE.value or None
-  if checkpoints.is_published(SOURCE.value):
+  if ADAPTERS.value:
+    export.export_adapters(SOURCE.value, TARGET.value)
+    print(f'{TARGET.value}: adapters, for peft')
+  elif checkpoints.is_published(SOURCE.value):
     export.take_in(SOURCE.value, TARGET.value, dtype=dtype)
     print(f'{TARGET.value}: a workdir with its checkpoint')
   else:

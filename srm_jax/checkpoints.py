@@ -22,9 +22,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from srm_jax import sharding
+from srm_jax import schema, sharding
 from srm_jax.data import tokenizer as tokenizers
-from srm_jax.models import transformer, weights
+from srm_jax.models import adapters, transformer, weights
+from srm_jax.models.adapters import AdapterConfig
 from srm_jax.models.config import TransformerConfig
 from srm_jax.schema import ConfigError
 from srm_jax.types import Params, TrainState
@@ -263,6 +264,8 @@ def _as_config_error(function, argument):
 def load_model(folder, *, dtype: str | None = None) -> Model:
   """The model of a run's newest checkpoint, or a published one, on the current mesh (or one device).
 
+  A run that trained adapters gives its base with the adapters merged in; the base must still be where it was.
+
   Args:
     folder: workdir of a run, or folder of a published model.
     dtype: what the parameters are cast to; None keeps theirs.
@@ -274,12 +277,38 @@ def load_model(folder, *, dtype: str | None = None) -> Model:
   if is_published(folder):
     config, params = _as_config_error(functools.partial(weights.load_pretrained, dtype=dtype), folder)
     return Model(config, params, tokenizer, 0, fingerprint(params))
+  section = adapters_of(folder)
+  if section is None:
+    step, saved = _newest(folder, {'model': transformer.param_names(config)})
+    params = saved['model']
+  else:
+    step, trained = load_adapters(folder)
+    params = _merged(folder, config, section, trained)
+  params = place(config, params, dtype)
+  return Model(config, params, tokenizer, step, fingerprint(params))
+
+
+def load_adapters(folder) -> tuple[int, Params]:
+  """(step, adapters) of the newest checkpoint of a run that trained adapters.
+
+  Raises:
+    ConfigError: it trained none, or has no finished checkpoint.
+  """
+  config, section = model_config(folder), adapters_of(folder)
+  if section is None:
+    raise ConfigError(f'{folder} trained no adapters (config.adapters.rank is 0)')
+  step, saved = _newest(folder, {'adapters': adapters.adapter_names(config, section)})
+  return step, saved['adapters']
+
+
+def _newest(folder, names: Params) -> tuple[int, Params]:
+  """(step, parameters) of the newest checkpoint below a workdir."""
   checkpoints = open_checkpoints(folder)
   steps = sorted(checkpoints.manager.all_steps(), reverse=True)
   if not steps:
     raise ConfigError(f'{folder} has no finished checkpoint; let its training run save one first')
   try:
-    saved = checkpoints.restore_params(steps[0], {'model': transformer.param_names(config)})
+    return steps[0], checkpoints.restore_params(steps[0], names)
   except Exception as error:  # as in restore_latest
     raise ConfigError(
         f'checkpoint {steps[0]} of {folder} is damaged ({str(error)[:200]}); '
@@ -287,8 +316,32 @@ def load_model(folder, *, dtype: str | None = None) -> Model:
     ) from error
   finally:
     checkpoints.close()
-  params = place(config, saved['model'], dtype)
-  return Model(config, params, tokenizer, steps[0], fingerprint(params))
+
+
+def adapters_of(folder) -> AdapterConfig | None:
+  """The adapters that a run trained on a frozen base; None where it trained the whole model."""
+  path = pathlib.Path(folder) / 'config.json'
+  section = json.loads(path.read_text()).get('adapters', {}) if path.exists() else {}
+  return schema.parse(AdapterConfig, section, 'config.adapters') if section.get('rank') else None
+
+
+def _merged(folder, config: TransformerConfig, section: AdapterConfig, trained: Params) -> Params:
+  """A run's base, as it was frozen, with the trained adapters merged in.
+
+  Raises:
+    ConfigError: the run began with random weights, which are not kept.
+  """
+  start = json.loads((pathlib.Path(folder) / 'config.json').read_text())['init_from']
+  if not start:
+    raise ConfigError(f'{folder} trained adapters of random weights, which are not kept; give such runs an init_from')
+  base = load_model(start, dtype=config.dtype).params
+
+  @jax.jit
+  def merge(base, trained):
+    frozen = adapters.quantize(config, base, section.base) if section.base else base
+    return transformer.cast(adapters.merge(config, adapters.join(config, section, frozen, trained)), config.param_dtype)
+
+  return merge(base, trained)
 
 
 def place(config: TransformerConfig, params: Params, dtype: str | None = None) -> Params:

@@ -1,6 +1,7 @@
 """Runs to published models and back: folders that transformers loads, with a card that says where a model comes from.
 
   export:  a run's workdir -> config.json, safetensors, tokenizer files, generation_config.json, README.md
+  export_adapters: what a run trained on a frozen base -> a folder that peft reads
   take_in: a published folder -> a workdir with an Orbax checkpoint, as a finished run leaves it
 """
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from srm_jax import checkpoints
 from srm_jax.data import tokenizer as tokenizers
 from srm_jax.data.records import content_hash
-from srm_jax.models import weights
+from srm_jax.models import adapter_files, weights
 from srm_jax.models.config import num_params
 from srm_jax.schema import ConfigError
 from srm_jax.types import TrainState
@@ -59,6 +60,19 @@ def export(source, target, *, dtype: str | None = None, evaluations: Sequence[st
   if not (target / 'generation_config.json').exists():
     checkpoints.write_whole(target / 'generation_config.json', json.dumps(ids, indent=2) + '\n')
   checkpoints.write_whole(target / CARD, text)
+
+
+def export_adapters(source, target):
+  """Writes the adapters of a run as peft reads them: adapter_config.json and adapter_model.safetensors.
+
+  Raises:
+    ConfigError: the run trained no adapters.
+    UnsupportedError, CheckpointError: as `models.adapter_files.save_adapters`.
+  """
+  _, trained = checkpoints.load_adapters(source)
+  config, section = checkpoints.model_config(source), checkpoints.adapters_of(source)
+  start = json.loads((pathlib.Path(source) / 'config.json').read_text())['init_from']
+  adapter_files.save_adapters(target, config, section, trained, base=start)
 
 
 def take_in(source, target, *, dtype: str | None = None):

@@ -4,7 +4,7 @@ Run: python -m experiments.train --config=configs/sft/lora.py --config.tokenizer
        --workdir=runs/lora
 Plan: python -m experiments.plan --config=configs/sft/lora.py --topology=v5e:4x4
 Any other run takes the same section: --config.adapters.rank=16 --config.adapters.base=int8 --config.adapters.kind=dora
-Hardware: one accelerator of 16 GB. Status: smoke runs on a CPU; not yet run at this size.
+Hardware: one accelerator of 16 GB. Status: not yet run at this size.
 Reference: Hu et al., LoRA, arXiv:2106.09685; Dettmers et al., QLoRA, arXiv:2305.14314.
 """
 

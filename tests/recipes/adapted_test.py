@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from configs import base
-from srm_jax import checkpoints
-from srm_jax.models import adapters
+from srm_jax import checkpoints, export
+from srm_jax.models import adapter_files, adapters, transformer
 from srm_jax.models.config import TransformerConfig, forward_flops
 from srm_jax.models.quantization import Quantized
+from srm_jax.models.transformer import Transformer
 from srm_jax.recipes import adapted
+from srm_jax.schema import ConfigError
 from srm_jax.train import step_flops, train
 from srm_jax.types import Objective, Recipe
 from tests import tiny
@@ -135,3 +137,44 @@ def test_what_a_run_says_of_its_adapters(start):
   trained = 16 * 2 + 2 * 16
   assert f'lora of rank 2, scale 2, on [\'attention/q\']: {trained} parameters are trained' in said['adapters']
   assert 'frozen in int8' in said['adapters'] and said['loss'] == 'x'
+
+
+def _logits(config, params):
+  tokens = np.arange(1, 13)[None]
+  return Transformer(config).apply(transformer.variables(params), tokens).logits
+
+
+def test_a_finished_run_is_a_model(start, finished):
+  """Its base with the adapters merged in, as a teacher, start or exported model."""
+  config, run = finished
+  section = adapters.AdapterConfig(**config.adapters.to_dict())
+  frozen = adapters.quantize(MODEL, checkpoints.load_model(start).params, 'int8')
+  expected = _logits(MODEL, adapters.join(MODEL, section, frozen, run.params['adapters']))
+  model = checkpoints.load_model(run.workdir)
+  np.testing.assert_allclose(_logits(MODEL, model.params), expected, atol=2e-4)
+  assert float(np.abs(expected - _logits(MODEL, checkpoints.load_model(start).params)).max()) > 0.01
+  assert model.step == run.step and not adapters.is_adapted(model.params)
+
+
+def test_a_run_may_begin_from_one_that_trained_adapters(finished, tmp_path):
+  first = train(_config(str(finished[1].workdir), rank=0, num_steps=1), tmp_path)
+  assert first.metrics[0]['loss'] == pytest.approx(finished[1].metrics[-1]['loss'], rel=0.5)
+
+
+def test_adapters_of_a_run_as_files_for_peft(finished, tmp_path):
+  config, run = finished
+  export.export_adapters(run.workdir, tmp_path)
+  section, tree = adapter_files.load_adapters(tmp_path, MODEL)
+  assert (section.rank, section.kind, section.alpha) == (2, 'dora', config.adapters.alpha)
+  jax.tree.map(np.testing.assert_array_equal, tree, run.params['adapters'])
+
+
+def test_a_run_without_adapters_has_none_to_write(start, tmp_path):
+  with pytest.raises(ConfigError, match='trained no adapters'):
+    export.export_adapters(start, tmp_path / 'x')
+
+
+def test_adapters_of_random_weights_are_no_model(tmp_path):
+  run = train(_config('', num_steps=1), tmp_path)
+  with pytest.raises(ConfigError, match='adapters of random weights, which are not kept'):
+    checkpoints.load_model(run.workdir)

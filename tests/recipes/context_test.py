@@ -139,7 +139,7 @@ def test_a_teacher_comes_in_the_students_compute_dtype(tmp_path):
 
 def test_a_teacher_of_another_vocabulary_is_refused(tmp_path):
   folder = save(tmp_path, MODEL)
-  other = BYTES._replace(name='pieces', fingerprint='other', vocab_size=512)
+  other = BYTES._replace(name='pieces', fingerprint='other', vocabulary='other', vocab_size=512)
   with pytest.raises(schema.ConfigError, match='has tokenizer byte of 258 pieces, the student pieces of 512'):
     context.load_teacher(folder, CONTEXT._replace(tokenizer=other))
 
