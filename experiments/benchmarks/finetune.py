@@ -54,25 +54,47 @@ def timed(call):
 
 
 def full():
-  """A whole fine-tuning step."""
-  import jax
-
-  from srm_jax import optimizers, train_step
+  """A step on all weights."""
   from srm_jax.models import transformer
   from srm_jax.recipes import sft
 
   config = shape()
+  names = {'model': transformer.param_names(config)}
+  return _steps(config, sft.objective(config, head_chunk=None), names, {'model': fresh(config)}, {})
+
+
+def lora():
+  """A step on adapters of a frozen base in the compute dtype."""
+  import jax
+
+  from srm_jax.models import adapters, transformer
+  from srm_jax.recipes import adapted, sft
+
+  config, section = shape(), adapters.AdapterConfig(rank=16, alpha=32.0, targets=('attention/*', 'mlp/*'))
+  objective = adapted.objective(sft.objective(config, head_chunk=None), config, section)
+  names = {'adapters': adapters.adapter_names(config, section)}
+  own = jax.jit(adapters.init_adapters, static_argnums=(0, 1))(config, section, jax.random.key(1))
+  frozen = {adapted.BASE: transformer.cast(fresh(config), config.dtype)}
+  return _steps(config, objective, names, {'adapters': own}, frozen)
+
+
+def _steps(config, objective, names, params, frozen):
+  """Seconds of the first and the second step of AdamW."""
+  import jax
+
+  from srm_jax import optimizers, train_step
+
   settings = optimizers.OptimizerConfig(
       name='adamw', learning_rate=1e-5, matrix_learning_rate=0.0, schedule='constant', warmup_steps=0,
       weight_decay=0.01, b1=0.9, b2=0.999, clip_norm=1.0,
   )
-  tx = optimizers.make_optimizer(settings, 1000, {'model': transformer.param_names(config)})
-  step = jax.jit(train_step.build_train_step(sft.objective(config, head_chunk=None), tx), donate_argnums=0)
-  state, batch = train_step.init_state({'model': fresh(config)}, tx), make_batch(config.vocab_size, 1, LENGTH.value)
+  tx = optimizers.make_optimizer(settings, 1000, names)
+  step = jax.jit(train_step.build_train_step(objective, tx), donate_argnums=0)
+  state, batch = train_step.init_state(params, tx), make_batch(config.vocab_size, 1, LENGTH.value)
 
   def once():
     nonlocal state
-    state, metrics = step(state, batch, {}, jax.random.key(1))
+    state, metrics = step(state, batch, frozen, jax.random.key(1))
     return metrics
 
   return timed(once)
@@ -95,7 +117,7 @@ def greedy():
   return timed(lambda: len(generate(prompts, sampling)))
 
 
-PARTS = {'full': full, 'greedy': greedy}
+PARTS = {'full': full, 'lora': lora, 'greedy': greedy}
 
 
 def main(argv):
