@@ -8,7 +8,7 @@ import jax
 
 from srm_jax.inference import decode
 from srm_jax.inference import logits as sampler
-from srm_jax.models.config import TransformerConfig
+from srm_jax.models.config import RopeScaling, TransformerConfig
 from srm_jax.sharding import current_mesh
 from srm_jax.types import Completion, Generate, Params, Prompt, SamplingParams, Spent
 
@@ -34,7 +34,8 @@ def make_generate(
 
   Returns:
     generate(prompts, sampling) -> one list of `sampling.samples` completions a prompt. It raises ValueError on an
-    empty prompt, on one longer than config.max_length - max_new_tokens, and on impossible sampling parameters.
+    empty prompt, on one longer than config.max_length - max_new_tokens, on one whose completion would cross the
+    border of LongRoPE, and on impossible sampling parameters.
   """
   prepared = decode.prepare(config, params)
   # A chat model may end a text in several ways; whatever encodes and decodes will do as a tokenizer, with eos_id alone.
@@ -46,6 +47,7 @@ def make_generate(
     sampler.check(sampling)
     encoded = [prompt.tokens or tuple(tokenizer.encode(prompt.text)) for prompt in prompts]
     _check_lengths(prompts, encoded, config.max_length - sampling.max_new_tokens)
+    _check_rope(config.rope_scaling, prompts, encoded, sampling.max_new_tokens)
     by_length = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     rows = [(i, sample) for i in by_length for sample in range(sampling.samples)]
     results: list[list[Completion]] = [[] for _ in prompts]
@@ -98,4 +100,18 @@ def _check_lengths(prompts, encoded, longest):
       raise ValueError(
           f'prompt {prompt.id!r} has {len(tokens)} tokens, but config.max_length - max_new_tokens leaves room for '
           f'{longest}; shorten it, or change one of the two'
+      )
+
+
+def _check_rope(scaling: RopeScaling, prompts, encoded, new_tokens: int):
+  """LongRoPE turns a text of more than original_length tokens by other angles from its first token on: keys that are in
+  the cache when a completion crosses the border would be of the other kind.
+  """
+  if scaling.kind != 'longrope':
+    return
+  for prompt, tokens in zip(prompts, encoded, strict=True):
+    if len(tokens) - 1 <= scaling.original_length < len(tokens) + new_tokens - 1:
+      raise ValueError(
+          f'prompt {prompt.id!r} has {len(tokens)} tokens; with max_new_tokens={new_tokens} its completion would cross '
+          f'{scaling.original_length}, where LongRoPE changes all angles; shorten it, or prompt with more than that'
       )

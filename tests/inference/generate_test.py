@@ -1,5 +1,6 @@
 """Many prompts in, completions out: in order, whatever the batches, on one device or on a mesh."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 
 from srm_jax import inference, sharding
 from srm_jax.models import transformer
+from srm_jax.models.config import RopeScaling
 from srm_jax.types import Prompt, SamplingParams, Spent
 from tests.inference import models
 
@@ -139,6 +141,29 @@ def test_mesh_equals_one_device():
 def test_impossible_prompts_are_named(text, message):
   with pytest.raises(ValueError, match=message):
     _generate()([PROMPTS[0], Prompt('bad', text)], SAMPLING)
+
+
+@pytest.mark.parametrize(
+    'length, new, crosses', [(6, 3, False), (6, 4, True), (9, 1, True), (9, 8, True), (10, 8, False)]
+)
+def test_a_completion_does_not_cross_the_border_of_longrope(length, new, crosses):
+  """Original length 8: positions 0 to 7 of a text that has none beyond are of the short kind. The last sampled token is
+  not fed back, so a text of 9 tokens in all has 8 positions.
+  """
+  half = models.CONFIG.head_dim // 2
+  scaling = RopeScaling('longrope', original_length=8, short_factor=(1.0,) * half, long_factor=(3.0,) * half)
+  config = dataclasses.replace(models.CONFIG, rope_scaling=scaling)
+  generate = inference.make_generate(config, models.params(), TOKENIZER, batch_size=1, streams=1, stop_at_eos=False)
+  prompts = [Prompt('p', '', tuple(range(1, length + 1)))]
+  if crosses:
+    with pytest.raises(ValueError, match=f"prompt 'p' has {length} tokens.*would cross 8"):
+      generate(prompts, SamplingParams(max_new_tokens=new))
+    return
+  ((completion,),) = generate(prompts, SamplingParams(max_new_tokens=new))
+  tokens = np.array([[*prompts[0].tokens, *completion.tokens]])
+  logits = transformer.Transformer(config).apply({'params': models.params()}, tokens[:, :-1]).logits[0, length - 1 :]
+  expected = jax.nn.log_softmax(logits)[np.arange(new), np.array(completion.tokens)]
+  np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
 
 
 def test_no_prompts_no_completions():
