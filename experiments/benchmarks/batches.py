@@ -1,4 +1,4 @@
-"""What the training benchmarks train on."""
+"""What the benchmarks train on and sample from: random tokens."""
 
 import numpy as np
 
@@ -11,3 +11,17 @@ def make_batch(vocab_size: int, rows: int, length: int) -> Batch:
   ones = np.ones((rows, length), np.int32)
   positions = np.cumsum(ones, axis=1, dtype=np.int32) - 1
   return Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), positions, ones)
+
+
+class Numbers:
+  """Ids written as numbers: prompts are drawn as ids."""
+
+  eos_id = 0
+
+  @staticmethod
+  def encode(text):
+    return [int(word) for word in text.split()]
+
+  @staticmethod
+  def decode(tokens):
+    return ' '.join(map(str, tokens))

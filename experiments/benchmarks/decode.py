@@ -12,6 +12,7 @@ from absl import app, flags
 
 from experiments import runtime
 from experiments.benchmarks import peers, timing
+from experiments.benchmarks.batches import Numbers
 from srm_jax.models.config import TransformerConfig
 from srm_jax.types import Prompt, SamplingParams
 
@@ -22,20 +23,6 @@ BATCH, PROMPT, NEW = 64, 64, 128
 SHAPE = dict(
     vocab_size=2048, num_layers=6, embed_dim=256, num_heads=4, num_kv_heads=4, head_dim=64, mlp_dim=1024, max_length=256
 )
-
-
-class Numbers:
-  """Ids written as numbers: the benchmark draws prompts as ids."""
-
-  eos_id = 0
-
-  @staticmethod
-  def encode(text):
-    return [int(word) for word in text.split()]
-
-  @staticmethod
-  def decode(tokens):
-    return ' '.join(map(str, tokens))
 
 
 def ours(config: TransformerConfig, prompts: np.ndarray):

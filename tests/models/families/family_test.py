@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.benchmarks.batches import Numbers
 from srm_jax import inference
 from srm_jax.models import weights
 from srm_jax.models.config import num_params
@@ -147,20 +148,6 @@ def test_packed_segments(name):
     want = _theirs(model, tokens[:, start : start + length])
     assert np.max(np.abs(got[:, start : start + length] - want)) <= TOLERANCE * np.max(np.abs(want))
     start += length
-
-
-class Numbers:
-  """Ids written as numbers."""
-
-  eos_id = 2
-
-  @staticmethod
-  def encode(text):
-    return [int(word) for word in text.split()]
-
-  @staticmethod
-  def decode(tokens):
-    return ' '.join(map(str, tokens))
 
 
 @parity
