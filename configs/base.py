@@ -62,8 +62,20 @@ def adapters(rank=0, *, alpha=None, targets=('attention/*', 'mlp/*'), kind='lora
   ))
 
 
-def data(task='arithmetic_mix', split='train', *, count=1000, seed=1, records='', target='solution'):
-  return ConfigDict(dict(task=task, split=split, count=count, seed=seed, records=records, target=target))
+INSTRUCTION = "\n\nReason step by step. End with a line that holds '#### ' and the final answer alone."
+
+
+def prompt(format='plain', *, system='', instruction=INSTRUCTION, options=None, supervised='all', turns='all'):
+  """'chat' asks through the chat template beside the tokenizer; what else stands here is for chats alone."""
+  return ConfigDict(dict(
+      format=format, system=system, instruction=instruction, options=options or {}, supervised=supervised, turns=turns,
+  ))
+
+
+def data(task='arithmetic_mix', split='train', *, count=1000, seed=1, records='', target='solution', prompting=None):
+  return ConfigDict(dict(
+      task=task, split=split, count=count, seed=seed, records=records, target=target, prompt=prompting or prompt(),
+  ))
 
 
 def batch(size=32, length=128, packing='plan'):

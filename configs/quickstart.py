@@ -1,16 +1,15 @@
 """The whole line: a teacher, its annotations, six ways to teach a student, RL, and what each step was worth.
 
-Run: bash experiments/quickstart.sh                    (two CPU cores, 12 minutes)
+Run: bash experiments/quickstart.sh                    (two CPU cores, 12 minutes; with --smoke 90 seconds)
      bash experiments/quickstart.sh --task=gsm8k       (human-written problems; $SRM_DATA_DIR or a network)
-     bash experiments/quickstart.sh --smoke            (90 seconds, to see it run)
-     bash experiments/quickstart.sh --teacher=DIR --student=DIR    (published models, or workdirs of runs)
+     bash experiments/quickstart.sh --teacher=DIR --student=DIR    (published models or workdirs; --format=chat)
 Expected: experiments/quickstart/reference.json, five seeds.
 """
 
 from ml_collections import ConfigDict
 
 from configs import base
-from configs.quickstart_sizes import DEFAULTS, GIVEN, SIZES
+from configs.quickstart_sizes import DEFAULTS, ROOM, SIZES
 
 DEV, TEST = 50_000, 60_000  # offsets of the problem seeds: train, dev and test problems are also disjoint by hash
 
@@ -19,13 +18,14 @@ def get_config(arg: str = ''):
   """arg: DEFAULTS of configs/quickstart_sizes.py, 'task=gsm8k,seed=2'; steps scales the length of every training."""
   a = base.parse_arg(arg, **DEFAULTS)
   given = a.student or a.teacher
-  s = ConfigDict(SIZES[a.task] | SIZES[f'{a.task}/{a.size}'] | (GIVEN if given else {}))
+  s = ConfigDict(SIZES[a.task] | SIZES[f'{a.task}/{a.size}'] | ROOM[a.format if given else 'own'])
   seed, task = a.seed * 1000, a.task
   steps = {name: max(2, round(a.steps * count)) for name, count in s.steps.items()}
-  gold = base.data(task, count=s.gold, seed=seed + 1)
-  fresh = base.data(task, count=s.prompts, seed=seed + 2)
-  annotated = base.data(task, records='{annotate}/annotations.jsonl', target=f'{s.annotations_used}completion')
-  same_prompts = base.data(task, records='{annotate}/annotations.jsonl', target=f'{s.annotations_used}solution')
+  data = lambda *split, **options: base.data(task, *split, prompting=base.prompt(a.format), **options)
+  gold = data(count=s.gold, seed=seed + 1)
+  fresh = data(count=s.prompts, seed=seed + 2)
+  annotated = data(records='{annotate}/annotations.jsonl', target=f'{s.annotations_used}completion')
+  same_prompts = data(records='{annotate}/annotations.jsonl', target=f'{s.annotations_used}solution')
   rows, stages = base.batch(s.rows, s.length), {}
 
   def add(name, run, config):
@@ -42,11 +42,11 @@ def get_config(arg: str = ''):
 
   def evaluation(name, model, split, count, offset, strategies, **options):
     add(name, 'evaluate', base.evaluate(
-        model, base.data(task, split, count=count, seed=seed + offset), strategies, max_new_tokens=s.new_tokens,
+        model, data(split, count=count, seed=seed + offset), strategies, max_new_tokens=s.new_tokens,
         batch_size=s.decode_rows, seed=seed + offset, **options,
     ))
 
-  known = base.data(task, count=s.teacher_problems, seed=seed + 3)
+  known = data(count=s.teacher_problems, seed=seed + 3)
   trained = dict(data=known, vocab_size=s.vocab, split_by_whitespace=False)
   add('tokenizer', 'given' if given else 'tokenizer', dict(folder=given) if given else trained)
   if a.teacher:
@@ -75,7 +75,7 @@ def get_config(arg: str = ''):
     evaluation(f'dev_{arm}', f'{{{arm}}}', 'dev', s.dev, DEV, greedy)
   add('best', 'select', dict(candidates={arm: f'{{dev_{arm}}}' for arm in arms}, row='greedy'))
   training('rl', base.grpo(
-      base.data(task, count=s.rl_problems, seed=seed + 7),
+      data(count=s.rl_problems, seed=seed + 7),
       base.rollouts(prompts=s.rl_prompts, samples=s.group, length=s.row, max_new_tokens=s.new_tokens),
   ), 'student', seed + 7, init_from='{best}')
   for name in ('teacher', 'base', *arms, 'rl'):

@@ -21,10 +21,14 @@ _GSM8K = _ARITHMETIC | dict(
 )
 
 # teacher, student: folders of models that are there, in place of those that the line makes.
-DEFAULTS = dict(task='arithmetic_mix', size='full', seed=1, steps=1.0, dtype='float32', teacher='', student='')
+DEFAULTS = dict(
+    task='arithmetic_mix', size='full', seed=1, steps=1.0, dtype='float32', teacher='', student='', format='plain',
+)
 
-# A tokenizer that was not trained on the problems needs more tokens for them.
-GIVEN = dict(length=320, row=320, context=448)
+# A tokenizer that was not trained on the problems needs more tokens for them, and a chat template adds its own.
+ROOM = dict(
+    own={}, plain=dict(length=320, row=320, context=448), chat=dict(length=448, row=448, context=576),
+)
 
 SIZES = {
     'arithmetic_mix': _ARITHMETIC,

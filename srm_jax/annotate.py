@@ -13,7 +13,7 @@ from srm_jax import checkpoints, metrics, schema, sharding
 from srm_jax.data import records
 from srm_jax.inference import make_generate
 from srm_jax.models.config import forward_flops
-from srm_jax.recipes.context import DataConfig, find_task, load_problems
+from srm_jax.recipes.context import DataConfig, load_problems, open_data
 from srm_jax.rewards import Graded
 from srm_jax.rollout import rollout
 from srm_jax.train import resolve
@@ -66,7 +66,7 @@ def annotate(config: ml_collections.ConfigDict, workdir) -> Annotations:
 
 
 def _sample(config: AnnotateConfig, teacher, path, config_hash):
-  task, problems = find_task(config.data.task), load_problems(config.data)
+  prompting, problems = open_data(config.data, teacher.tokenizer), load_problems(config.data)
   if not problems:
     raise schema.ConfigError(f'no problem to annotate in {config.data}')
   done = {identifier.rsplit('#', 1)[0] for identifier in records.finished_ids(path)}
@@ -77,7 +77,7 @@ def _sample(config: AnnotateConfig, teacher, path, config_hash):
   with bar:
     for start in range(0, len(left), config.chunk):
       part = left[start : start + config.chunk]
-      groups = rollout(generate, task, part, config.sampling)
+      groups = rollout(generate, prompting, part, config.sampling)
       flat = [one for group in groups for one in group]
       records.append(path, [_record(one, config.sampling, source, config_hash) for one in flat])
       bar.advance(len(part), correct=sum(one.reward == 1.0 for one in flat) / len(flat))

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import logging
-import pathlib
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -98,7 +97,7 @@ class Checkpoints(NamedTuple):
         return self._restore(step, like)
       except Exception as error:  # orbax and tensorstore raise many types; each means that this one is unusable
         _LOG.warning('checkpoint %d is damaged (%s); trying the one before it', step, str(error)[:200])
-        folder = pathlib.Path(self.manager.directory) / str(step)
+        folder = epath.Path(self.manager.directory) / str(step)
         folder.rename(folder.with_name(f'damaged-{step}-{time.time_ns()}'))
         self.manager.reload()
     if steps:
@@ -152,7 +151,7 @@ def _abstract(x):
 
 def open_checkpoints(workdir, *, keep: int = 2) -> Checkpoints:
   """The checkpoints below a workdir, of which the newest `keep` stay."""
-  folder = pathlib.Path(workdir).absolute() / 'checkpoints'
+  folder = epath.Path(workdir).absolute() / 'checkpoints'
   options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
   handlers = {
       'params': ocp.StandardCheckpointHandler(), 'rest': ocp.StandardCheckpointHandler(),
@@ -163,7 +162,7 @@ def open_checkpoints(workdir, *, keep: int = 2) -> Checkpoints:
 
 def write_whole(path, text: str):
   """Writes a file so that a kill leaves the old one or the new one, never a part."""
-  path = pathlib.Path(path)
+  path = epath.Path(path)
   temporary = path.with_name(f'{path.name}.tmp')
   temporary.write_text(text)
   temporary.replace(path)
@@ -175,7 +174,7 @@ def claim(workdir, config: Mapping[str, Any]):
   Raises:
     ConfigError: the workdir was begun with another config; the differing keys are named.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = epath.Path(workdir)
   path = workdir / 'config.json'
   if path.exists():
     differing = _differences(json.loads(path.read_text()), json.loads(json.dumps(config)))
@@ -188,7 +187,7 @@ def claim(workdir, config: Mapping[str, Any]):
 
 def describe_model(workdir, config: TransformerConfig, tokenizer: str):
   """Writes what `load_model` needs beside the parameters: the TransformerConfig and a copy of the tokenizer."""
-  workdir = pathlib.Path(workdir)
+  workdir = epath.Path(workdir)
   tokenizers.copy(tokenizer, workdir / 'tokenizer')
   write_whole(workdir / 'model.json', json.dumps(dataclasses.asdict(config), indent=1))
 
@@ -229,7 +228,7 @@ def model_config(folder) -> TransformerConfig:
   """
   if is_published(folder):
     return _as_config_error(weights.read_config, folder)[1]
-  path = pathlib.Path(folder) / 'model.json'
+  path = epath.Path(folder) / 'model.json'
   if not path.exists():
     raise ConfigError(
         f'{folder} holds no model (neither model.json nor a config.json with architectures); give the workdir of a '
@@ -244,7 +243,7 @@ def model_tokenizer(folder):
   Raises:
     ConfigError: it is missing or damaged, or has ids that the model has no rows for.
   """
-  path = folder if is_published(folder) else pathlib.Path(folder) / 'tokenizer'
+  path = folder if is_published(folder) else epath.Path(folder) / 'tokenizer'
   tokenizer = _as_config_error(tokenizers.load, path)
   rows = model_config(folder).vocab_size
   _as_config_error(lambda given: tokenizers.require_rows(given, rows, model=str(folder)), tokenizer)
@@ -320,7 +319,7 @@ def _newest(folder, names: Params) -> tuple[int, Params]:
 
 def adapters_of(folder) -> AdapterConfig | None:
   """The adapters that a run trained on a frozen base; None where it trained the whole model."""
-  path = pathlib.Path(folder) / 'config.json'
+  path = epath.Path(folder) / 'config.json'
   section = json.loads(path.read_text()).get('adapters', {}) if path.exists() else {}
   return schema.parse(AdapterConfig, section, 'config.adapters') if section.get('rank') else None
 
@@ -331,7 +330,7 @@ def _merged(folder, config: TransformerConfig, section: AdapterConfig, trained: 
   Raises:
     ConfigError: the run began with random weights, which are not kept.
   """
-  start = json.loads((pathlib.Path(folder) / 'config.json').read_text())['init_from']
+  start = json.loads((epath.Path(folder) / 'config.json').read_text())['init_from']
   if not start:
     raise ConfigError(f'{folder} trained adapters of random weights, which are not kept; give such runs an init_from')
   base = load_model(start, dtype=config.dtype).params

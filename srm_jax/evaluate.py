@@ -14,13 +14,13 @@ import ml_collections
 import numpy as np
 
 from srm_jax import checkpoints, metrics, schema, sharding, statistics
+from srm_jax.data.prompting import Prompting
 from srm_jax.inference import make_generate, strategies
 from srm_jax.inference.score import REDUCTIONS, make_scorer
 from srm_jax.models.config import forward_flops
-from srm_jax.recipes.context import DataConfig, find_task, load_problems
+from srm_jax.recipes.context import DataConfig, load_problems, open_data, require_same_vocabulary
 from srm_jax.rewards import Graded
 from srm_jax.rollout import rollout
-from srm_jax.tasks.task import Task
 from srm_jax.train import resolve
 from srm_jax.types import Generate, SamplingParams
 
@@ -102,9 +102,9 @@ def open_config(plain: Mapping[str, Any], where: str) -> tuple[EvaluateConfig, d
 
 
 class _Bench(NamedTuple):
-  """What all rows share: the task, its problems, the sampler and the scorer."""
+  """What all rows share: how the task is put, its problems, the sampler and the scorer."""
 
-  task: Task
+  prompting: Prompting
   problems: Sequence
   generate: Generate
   scored: Callable | None
@@ -118,14 +118,16 @@ def _run(config: EvaluateConfig, rows: Mapping[str, StrategyConfig], workdir) ->
     return results
   model = checkpoints.load_model(config.model)
   scorer = checkpoints.load_model(config.scorer) if config.scorer else None
-  task = find_task(config.data.task)
+  if scorer is not None:
+    require_same_vocabulary(f'scorer {config.scorer}', scorer.tokenizer, 'the model', model.tokenizer)
+  prompting = open_data(config.data, model.tokenizer)
   problems = load_problems(config.data)
   if not problems:
     raise schema.ConfigError(f'no problem to evaluate on in {config.data}')
   total = len(problems) * sum(row.samples for row in rows.values())
   bar = metrics.progress('evaluate', total, disable=not config.progress)
   generate = make_generate(model.config, model.params, model.tokenizer, batch_size=config.batch_size)
-  bench = _Bench(task, problems, generate, None if scorer is None else _score_function(config, scorer))
+  bench = _Bench(prompting, problems, generate, None if scorer is None else _score_function(config, scorer))
   pools: dict[float, Generate] = {}
   with bar:
     for name, row in left.items():
@@ -149,18 +151,18 @@ def _row(config, bench: _Bench, row: StrategyConfig, rows, pools) -> list[Graded
       temperature=row.temperature, max_new_tokens=config.max_new_tokens, samples=row.samples, seed=config.seed
   )
   if row.name == 'direct':
-    strategy = strategies.STRATEGIES['direct'](bench.generate, cue=bench.task.answer_cue)
+    strategy = strategies.STRATEGIES['direct'](bench.generate, cue=bench.prompting.task.answer_cue)
   else:
     pool = _pool(config, bench, row.temperature, rows, pools)
     strategy = _bind(row, bench)(pool)
-  groups = rollout(strategy, bench.task, bench.problems, dataclasses.replace(sampling, samples=1))
+  groups = rollout(strategy, bench.prompting, bench.problems, dataclasses.replace(sampling, samples=1))
   return [group[0] for group in groups]
 
 
 def _bind(row: StrategyConfig, bench: _Bench) -> Callable[[Generate], Generate]:
   build = strategies.STRATEGIES[row.name]
   if row.name == 'self_consistency':
-    return lambda generate: build(generate, extract=bench.task.extract, samples=row.samples)
+    return lambda generate: build(generate, extract=bench.prompting.task.extract, samples=row.samples)
   if row.name == 'best_of_n':
     return lambda generate: build(generate, score=bench.scored, samples=row.samples)
   return build
@@ -173,7 +175,7 @@ def _pool(config, bench: _Bench, temperature, rows, pools) -> Generate:
     sampling = SamplingParams(
         temperature=temperature, max_new_tokens=config.max_new_tokens, samples=samples, seed=config.seed
     )
-    groups = rollout(bench.generate, bench.task, bench.problems, sampling)
+    groups = rollout(bench.generate, bench.prompting, bench.problems, sampling)
     pools[temperature] = strategies.replay([[one.completion for one in group] for group in groups])
   return pools[temperature]
 

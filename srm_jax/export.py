@@ -6,11 +6,11 @@
 """
 
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from etils import epath
 
 from srm_jax import checkpoints
 from srm_jax.data import tokenizer as tokenizers
@@ -48,14 +48,14 @@ def export(source, target, *, dtype: str | None = None, evaluations: Sequence[st
     UnsupportedError: no family can say the model's config.
     CheckpointError: the target holds weights already.
   """
-  model, target = checkpoints.load_model(source), pathlib.Path(target)
+  model, target = checkpoints.load_model(source), epath.Path(target)
   text = card(source, model, [_scores(folder) for folder in evaluations])
   ends = [model.tokenizer.eos_id, *(end for end in model.tokenizer.end_ids if end != model.tokenizer.eos_id)]
   ids = dict(eos_token_id=ends if len(ends) > 1 else ends[0], pad_token_id=model.tokenizer.pad_id)
   if model.tokenizer.bos_id is not None:
     ids['bos_token_id'] = model.tokenizer.bos_id
   weights.save_pretrained(target, model.config, model.params, dtype=dtype, extra=ids, overwrite=overwrite)
-  place = source if checkpoints.is_published(source) else pathlib.Path(source) / 'tokenizer'
+  place = source if checkpoints.is_published(source) else epath.Path(source) / 'tokenizer'
   tokenizers.copy(str(place), target)
   if not (target / 'generation_config.json').exists():
     checkpoints.write_whole(target / 'generation_config.json', json.dumps(ids, indent=2) + '\n')
@@ -71,7 +71,7 @@ def export_adapters(source, target):
   """
   _, trained = checkpoints.load_adapters(source)
   config, section = checkpoints.model_config(source), checkpoints.adapters_of(source)
-  start = json.loads((pathlib.Path(source) / 'config.json').read_text())['init_from']
+  start = json.loads((epath.Path(source) / 'config.json').read_text())['init_from']
   adapter_files.save_adapters(target, config, section, trained, base=start)
 
 
@@ -86,7 +86,7 @@ def take_in(source, target, *, dtype: str | None = None):
   Raises:
     ConfigError: the source is not a published model, or the target holds something.
   """
-  target = pathlib.Path(target)
+  target = epath.Path(target)
   if not checkpoints.is_published(source):
     raise ConfigError(f'{source} is not a published model (no config.json that names an architecture)')
   if target.exists() and any(target.iterdir()):
@@ -102,11 +102,11 @@ def take_in(source, target, *, dtype: str | None = None):
 
 def card(source, model: checkpoints.Model, scores: Sequence[str] = ()) -> str:
   """The model card: what it is, from which model, teacher and data, how it scores, and what that does not show."""
-  path = pathlib.Path(source) / 'config.json'
+  path = epath.Path(source) / 'config.json'
   config = {} if checkpoints.is_published(source) or not path.exists() else json.loads(path.read_text())
   config_line = [f'- config: `{content_hash(config)[:16]}`, step {model.step}'] if config else []
   parts = [
-      '---\nlibrary_name: transformers\ntags: [srm_jax, reasoning]\n---\n', f'# {pathlib.Path(source).name}\n',
+      '---\nlibrary_name: transformers\ntags: [srm_jax, reasoning]\n---\n', f'# {epath.Path(source).name}\n',
       f'{num_params(model.config) / 1e6:.1f} M parameters, written by srm_jax.\n', '## Where it comes from\n',
       '\n'.join([f'- {name}: {value}' for name, value in _origin(config).items()] + config_line) or '- not recorded',
       '\n## Scores\n', '\n'.join(scores) or 'Not evaluated.', '\n## Limits\n', LIMITS, '',
@@ -120,10 +120,10 @@ def _origin(config: Mapping[str, Any]) -> dict[str, str]:
   data = recipe.get('data', {})
   task = data.get('task')
   found = {
-      'recipe': recipe.get('name'), 'started from': config.get('init_from') and pathlib.Path(config['init_from']).name,
-      'teacher': recipe.get('teacher') and pathlib.Path(recipe['teacher']).name,
+      'recipe': recipe.get('name'), 'started from': config.get('init_from') and epath.Path(config['init_from']).name,
+      'teacher': recipe.get('teacher') and epath.Path(recipe['teacher']).name,
       'data': task and f'{task}, {DATA.get(task, "licence not recorded")}',
-      'annotations': data.get('records') and f'{pathlib.Path(data["records"]).parent.name}, {data["target"]}',
+      'annotations': data.get('records') and f'{epath.Path(data["records"]).parent.name}, {data["target"]}',
       'steps': config.get('num_steps'), 'seed': config.get('seed'),
   }
   return {name: str(value) for name, value in found.items() if value not in (None, '')}
@@ -135,7 +135,7 @@ def _scores(folder) -> str:
   Raises:
     ConfigError: the folder holds no finished evaluation.
   """
-  folder = pathlib.Path(folder)
+  folder = epath.Path(folder)
   try:
     results = json.loads((folder / 'results.json').read_text())
     data = json.loads((folder / 'config.json').read_text())['data']

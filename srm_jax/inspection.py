@@ -138,6 +138,9 @@ def _readable(tokenizer: Tokenizer, token: int, text: str) -> str:
   """The text of a token, or a name for one that has none by itself: end of text, padding, part of a character."""
   if text and '\ufffd' not in text:
     return text
+  for spelling, number in tokenizer.special_tokens.items():
+    if number == token:
+      return spelling
   if token == tokenizer.eos_id:
     return '⟨end⟩'
   return '⟨pad⟩' if token == tokenizer.pad_id else f'⟨{token}⟩'

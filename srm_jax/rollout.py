@@ -5,18 +5,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from srm_jax.data import packing
+from srm_jax.data.prompting import Prompting
 from srm_jax.rewards import Graded, grade, reward_arrays
-from srm_jax.tasks.task import Task
-from srm_jax.types import Generate, Problem, Prompt, Rollouts, SamplingParams
+from srm_jax.types import Generate, Problem, Rollouts, SamplingParams
 
 
 def rollout(
-    generate: Generate, task: Task, problems: Sequence[Problem], sampling: SamplingParams,
+    generate: Generate, prompting: Prompting, problems: Sequence[Problem], sampling: SamplingParams,
 ) -> list[list[Graded]]:
   """One group of `sampling.samples` graded completions a problem, in order."""
-  prompts = [Prompt(problem.id, task.prompt(problem)) for problem in problems]
-  completions = generate(prompts, sampling)
-  return [grade(task, problem, group) for problem, group in zip(problems, completions, strict=True)]
+  completions = generate([prompting.prompt(problem) for problem in problems], sampling)
+  return [grade(prompting.task, problem, group) for problem, group in zip(problems, completions, strict=True)]
 
 
 def to_rollouts(

@@ -127,12 +127,14 @@ class Problem:
 class Prompt(NamedTuple):
   """What a completion continues. The id seeds its sampling, whatever batch it lands in.
 
-  tokens: the prompt where it is not the plain encoding of `text`, as of a rendered chat (`data.chat.encode_prompt`).
+  tokens: ids of `text` where they are not its plain encoding: of a rendered chat, or after a bos.
+  opening: with tokens, the end of `text` that stands after them, with which the completion is made to begin.
   """
 
   id: str
   text: str
   tokens: tuple[int, ...] = ()
+  opening: str = ''
 
 
 class Spent(NamedTuple):

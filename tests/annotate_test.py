@@ -1,5 +1,6 @@
 """A teacher's samples go to disk once each, with grades and provenance, whatever interrupts the run."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,8 +10,11 @@ from srm_jax import annotate as module
 from srm_jax import checkpoints, schema
 from srm_jax.annotate import annotate
 from srm_jax.data import records
+from srm_jax.data import tokenizer as tokenizers
 from srm_jax.models.config import TransformerConfig, forward_flops
+from srm_jax.recipes import context
 from tests import tiny
+from tests.data import chats
 from tests.tiny import one_device, tiny_tasks  # noqa: F401
 
 MODEL = TransformerConfig(258, 1, 16, 2, 2, 8, 32, max_length=64)
@@ -97,3 +101,18 @@ def test_errors(whole, teacher, tmp_path):
   long.sampling.max_new_tokens = 61
   with pytest.raises(ValueError, match='has 4 tokens, but config.max_length - max_new_tokens leaves room for 3'):
     annotate(long, tmp_path / 'b')
+
+
+def test_a_chat_teacher_annotates_and_the_student_learns_the_same_tokens(tmp_path):
+  folder = str(chats.save_family(tmp_path / 'published', 'qwen2_5'))
+  model = dataclasses.replace(MODEL, vocab_size=512, max_length=160)
+  made = config(tiny.write_model(tmp_path / 'teacher', model, tokenizer=folder))
+  made.data = tiny.data('parity', count=5, prompting=base.prompt('chat'))
+  found = annotate(made, tmp_path / 'annotations')
+  texts = {one.prompt for one in records.read(found.path)}
+  assert len(texts) == 5 and all(text.endswith('<|im_end|>\n<|im_start|>assistant\n') for text in texts)
+  section = dict(made.data, records=str(found.path), target='unfiltered_completion')
+  learnt = context.examples_of(schema.parse(context.DataConfig, section, 'data'), tokenizers.load(folder))
+  spell = tokenizers.tokenizers.Tokenizer.from_file(f'{folder}/tokenizer.json').decode
+  prompts = {spell(one.tokens[~one.loss_mask].tolist(), skip_special_tokens=False) for one in learnt}
+  assert prompts <= texts and len(prompts) >= 4

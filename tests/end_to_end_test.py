@@ -17,6 +17,7 @@ import pytest
 
 from configs import quickstart, quickstart_sizes
 from srm_jax import checkpoints, metrics, schema, stages
+from srm_jax.data import records
 from srm_jax.models import transformer, weights
 from srm_jax.models.config import TransformerConfig
 from srm_jax.train import resolve
@@ -104,7 +105,7 @@ def test_the_quickstart_starts_from_published_models(published, tmp_path):
   """The whole line, from two folders and no training from scratch, to its report."""
   command = [
       sys.executable, '-m', 'experiments.quickstart', '--smoke', '--seed=5', f'--workdir={tmp_path / "line"}',
-      f'--teacher={published["teacher"]}', f'--student={published["student"]}',
+      f'--teacher={published["teacher"]}', f'--student={published["student"]}', '--format=chat',
   ]
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-3000:]
@@ -112,6 +113,9 @@ def test_the_quickstart_starts_from_published_models(published, tmp_path):
   assert line['stages']['teacher']['run'] == line['stages']['tokenizer']['run'] == 'given'
   student = checkpoints.model_config(pathlib.Path(line_target(tmp_path / 'line', line, 'rl')))
   assert (student.vocab_size, student.embed_dim) == (352, 16)
+  annotations = records.read(pathlib.Path(line_target(tmp_path / 'line', line, 'annotate')) / 'annotations.jsonl')
+  prompts = {one.prompt for one in annotations}
+  assert all(prompt.endswith('<|im_start|>assistant\n') for prompt in prompts)
   assert 'given here' in (tmp_path / 'line' / 'report.html').read_text()
   again = subprocess.run([*command, '--seed=6'], cwd=ROOT, capture_output=True, text=True)
   assert again.returncode != 0 and 'holds a run with seed=5' in again.stderr

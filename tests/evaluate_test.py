@@ -1,5 +1,6 @@
 """Rows of an evaluation: what they count, what they cost, and that choices among samples are among the same samples."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -13,6 +14,7 @@ from srm_jax.models.config import TransformerConfig, forward_flops
 from srm_jax.rewards import Graded
 from srm_jax.types import Completion, Prompt, Spent
 from tests import tiny
+from tests.data import chats
 from tests.tiny import one_device, tiny_tasks  # noqa: F401
 
 MODEL = TransformerConfig(258, 1, 16, 2, 2, 8, 32, max_length=64)
@@ -138,3 +140,24 @@ def test_summary_by_hand():
   assert found['spent'] == {'prefilled': 6, 'sampled': 12, 'scored': 10} and found['tokens_per_answer'] == 4
   assert found['finished'] == pytest.approx(2 / 3)
   assert found['flops'] == forward_flops(MODEL, 18) + forward_flops(MODEL, 10)
+
+
+def test_a_chat_model_is_asked_through_its_template_under_every_strategy(tmp_path):
+  folder = str(chats.save_family(tmp_path / 'published', 'qwen2_5'))
+  chat_model = dataclasses.replace(MODEL, vocab_size=512, max_length=160)
+  models = [tiny.write_model(tmp_path / str(seed), chat_model, seed=seed, tokenizer=folder) for seed in (0, 1)]
+  made = config(models)
+  made.data = tiny.data('parity', split='test', count=6, prompting=base.prompt('chat', system='Add.'))
+  found = evaluate(made, tmp_path / 'evaluation')
+  assert set(found.results) == set(ROWS)
+  for row in ROWS:
+    for line in read_completions(found.workdir, row).values():
+      ending = '<|im_start|>assistant\n' + ('#### ' if row == 'direct' else '')
+      assert line['prompt'].startswith('<|im_start|>system\nAdd.<|im_end|>') and line['prompt'].endswith(ending)
+
+
+def test_a_scorer_of_another_vocabulary_is_refused(folders, tmp_path):
+  tokenizer = str(chats.save_family(tmp_path / 'published', 'qwen2_5'))
+  scorer = tiny.write_model(tmp_path / 's', dataclasses.replace(MODEL, vocab_size=512), tokenizer=tokenizer)
+  with pytest.raises(schema.ConfigError, match='scorer .* has tokenizer .*, the model byte of 258'):
+    evaluate(config((folders[0], scorer)), tmp_path / 'evaluation')

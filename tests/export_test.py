@@ -1,5 +1,6 @@
 """Runs become published folders and come back, bit for bit; the card says where a model comes from."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,12 +8,13 @@ import numpy as np
 import pytest
 
 from srm_jax import checkpoints, export, schema
+from srm_jax.data.templates import load_template
 from srm_jax.models import weights
 from srm_jax.models.config import TransformerConfig
 from srm_jax.models.tensor_header import CheckpointError
 from srm_jax.tasks import TASKS
 from srm_jax.train import train
-from tests import tiny
+from tests import buckets, tiny
 from tests.data import chats
 from tests.tiny import one_device, tiny_tasks  # noqa: F401  fixtures
 
@@ -50,6 +52,24 @@ def test_out_and_in_again(finished, tmp_path):
   again = checkpoints.load_model(tmp_path / 'run')
   _equal(again.params, here.params)
   assert again.step == 0 and again.tokenizer.fingerprint == here.tokenizer.fingerprint
+
+
+@pytest.mark.parametrize('name', ['byte', 'qwen2_5'])
+def test_a_published_folder_may_lie_in_a_bucket(name, monkeypatch, tmp_path):
+  """Weights, tokenizer, template and card go to gs:// and come back."""
+  tokenizer = 'byte' if name == 'byte' else str(chats.save_family(tmp_path / 'tokenizer', name))
+  run = tiny.write_model(tmp_path / 'run', dataclasses.replace(CONFIG, vocab_size=400), tokenizer=tokenizer)
+  address = buckets.use(monkeypatch) + '/models/out'
+  export.export(run, address)
+  here, there = checkpoints.load_model(run), checkpoints.load_model(address)
+  assert there.tokenizer.fingerprint == here.tokenizer.fingerprint and checkpoints.is_published(address)
+  _equal(there.params, here.params)
+  if name != 'byte':
+    assert load_template(address).source == load_template(tokenizer).source
+  export.take_in(address, tmp_path / 'back')
+  again = checkpoints.load_model(tmp_path / 'back')
+  _equal(again.params, here.params)
+  assert again.tokenizer.fingerprint == here.tokenizer.fingerprint
 
 
 def test_files_of_an_export(finished, evaluation, tmp_path):

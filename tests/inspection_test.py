@@ -12,6 +12,7 @@ from srm_jax.models import transformer
 from srm_jax.models.config import TransformerConfig
 from srm_jax.types import Batch, Rollouts, TrainState
 from tests import tiny
+from tests.data import chats
 from tests.tiny import one_device, tiny_tasks  # noqa: F401  (fixtures)
 
 BYTES = tokenizers.load('byte')
@@ -136,6 +137,49 @@ def test_reinforcement_learning_shows_rollouts_of_the_newest_checkpoint(teacher)
   assert len(rows) == 3 and page.count('| advantage ') == 3
   for row in rows:
     _check_scores(row, ('student',))
+    for token in row:
+      if token['supervised']:
+        np.testing.assert_allclose(token['loss']['student'], -token['sampler'], atol=1e-3)
+
+
+CHAT = {'qwen2_5': {}, 'qwen3': {'enable_thinking': False}, 'llama3': {}}  # templates and their options
+
+
+def _chat_data(template, task='sums', **options):
+  """A data section that is put as a chat."""
+  return tiny.data(task, prompting=base.prompt('chat', options=CHAT[template], instruction=''), **options)
+
+
+@pytest.mark.parametrize('name', CHAT)
+def test_a_chat_shows_its_turns_with_loss_on_the_assistants(name, tmp_path):
+  folder = str(chats.save_family(tmp_path, name))
+  recipe = base.sft(_chat_data(name), tiny.batch(2, 160, packing='one_per_row'))
+  page = inspection.render(inspection.inspect(tiny.train(recipe, tokenizer=folder, model=dict(max_length=160))), 'sft')
+  for row in _data(page):
+    _check_scores(row, ('student',))
+    learnt = ''.join(token['text'] for token in row if token['supervised'])
+    assert re.fullmatch(r'#### \d+<\|(im_end|eot_id)\|>', learnt), learnt
+    asked = ''.join(token['text'] for token in row if not token['supervised'])
+    assert re.search(r'user.*\d\+\d.*assistant', asked, re.S)
+
+
+def test_a_conversation_shows_every_turn(tmp_path):
+  folder = str(chats.save_family(tmp_path, 'qwen2_5'))
+  said = [{'role': role, 'content': text} for role, text in zip(['user', 'assistant'] * 2, ['a?', 'b.', 'c?', 'd.'])]
+  path = tmp_path / 'conversations.jsonl'
+  path.write_text(''.join(json.dumps({'id': f'c{i}', 'messages': said}) + '\n' for i in range(3)))
+  recipe = base.sft(_chat_data('qwen2_5', records=str(path), target='conversation'), tiny.batch(2, 160))
+  row = _data(inspection.render(inspection.inspect(tiny.train(recipe, tokenizer=folder)), 'sft'))[0]
+  assert ''.join(t['text'] for t in row if t['supervised'] and t['segment'] == 1) == 'b.<|im_end|>d.<|im_end|>'
+
+
+def test_a_chat_is_rolled_out(tmp_path):
+  folder = str(chats.save_family(tmp_path, 'qwen2_5'))
+  recipe = base.grpo(_chat_data('qwen2_5', 'parity'), tiny.rollouts(length=160), kl=0.0)
+  seen = inspection.inspect(tiny.train(recipe, tokenizer=folder, model=dict(max_length=160)))
+  for row in _data(inspection.render(seen, 'grpo')):
+    asked = ''.join(token['text'] for token in row if not token['supervised'])
+    assert asked.startswith('<|im_start|>') and asked.count('assistant\n') == 1
     for token in row:
       if token['supervised']:
         np.testing.assert_allclose(token['loss']['student'], -token['sampler'], atol=1e-3)

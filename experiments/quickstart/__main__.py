@@ -29,11 +29,12 @@ def workdir_for(task: str, smoke: bool) -> pathlib.Path:
 
 def run(
     task: str, size: str, seed: int | None, minutes: float, workdir: pathlib.Path, console: rich.console.Console,
-    **models: str,
+    *, format: str = 'plain', **models: str,
 ):
   """Runs or continues the line in a workdir, and writes its table and report.
 
   Args:
+    format: how problems are put to the models, 'plain' or in their 'chat' template.
     models: folders of a `teacher` and a `student` to start from; '' or none where the line makes its own.
   """
   from configs import quickstart
@@ -43,10 +44,10 @@ def run(
   models = {name: str(pathlib.Path(folder).absolute()) for name, folder in models.items() if folder}
   settings = record.read(workdir)
   if settings is None:
-    settings = _start(task, size, record.fresh_seed() if seed is None else seed, minutes, console, models)
+    settings = _start(task, size, record.fresh_seed() if seed is None else seed, minutes, console, models, format)
     record.write(workdir, settings, {})
   else:
-    record.agree(settings, workdir, task=task, size=size, seed=seed, **models)
+    record.agree(settings, workdir, task=task, size=size, seed=seed, format=format, **models)
     console.print(f'Continuing {workdir}: seed {settings.seed}, steps × {settings.steps:g}, {settings.dtype}')
   config, started, done = quickstart.get_config(settings.arg), time.time(), {}
   order = list(config.order)
@@ -61,14 +62,18 @@ def run(
   finish(workdir, console)
 
 
-def _start(task: str, size: str, seed: int, minutes: float, console: rich.console.Console, models):
+def _start(task: str, size: str, seed: int, minutes: float, console: rich.console.Console, models, format):
   """Chooses dtype and step counts for this machine, and says what the run will take."""
   from configs import quickstart
   from experiments.quickstart import calibrate, estimate, record
+  from srm_jax import schema
 
+  if format != 'plain' and not models:
+    raise schema.ConfigError('--format=chat needs --teacher or --student: only published models have a chat template')
   if models:
     console.print(f'Seed {seed}; with models of your own nothing is calibrated, estimated or shortened')
-    return record.Settings(task, size, seed, 1.0, 'float32', minutes, {}, {}, calibrate.machine(), **models)
+    given = dict(format=format, **models)
+    return record.Settings(task, size, seed, 1.0, 'float32', minutes, {}, {}, calibrate.machine(), **given)
 
   def make(steps: float, dtype: str = 'float32'):
     return quickstart.get_config(f'task={task},size={size},seed={seed},steps={steps:g},dtype={dtype}')
@@ -163,7 +168,8 @@ def main(argv):
   size = 'smoke' if FLAGS.smoke else 'full'
   console = rich.console.Console()
   models = dict(teacher=FLAGS.teacher, student=FLAGS.student)
-  command.guarded(lambda: run(FLAGS.task, size, FLAGS.seed, FLAGS.minutes, workdir, console, **models))
+  how = dict(format=FLAGS.format, **models)
+  command.guarded(lambda: run(FLAGS.task, size, FLAGS.seed, FLAGS.minutes, workdir, console, **how))
 
 
 if __name__ == '__main__':
@@ -173,5 +179,6 @@ if __name__ == '__main__':
   flags.DEFINE_string('workdir', None, 'Where results go; runs/quickstart[-gsm8k][-smoke] by default.')
   flags.DEFINE_string('teacher', '', 'A published model (config.json, safetensors, tokenizer) or a workdir as teacher.')
   flags.DEFINE_string('student', '', 'The same as the start of every student; it must share the tokenizer.')
+  flags.DEFINE_enum('format', 'plain', ['plain', 'chat'], 'How problems are put; chat takes the models\' template.')
   flags.DEFINE_float('minutes', 12.0, 'Budget; where the estimate is higher, trainings are shortened.', lower_bound=0.1)
   app.run(main)

@@ -25,7 +25,7 @@ class Settings:
 
   steps: factor on the length of every training. minutes: the budget. estimates: seconds a stage, before the run.
   calibration: what was measured. machine: cores, flags, devices and versions. teacher, student: folders of models to
-  start from, in place of those that the line makes.
+  start from, in place of those that the line makes. format: how problems are put to them, 'plain' or 'chat'.
   """
 
   task: str
@@ -39,11 +39,13 @@ class Settings:
   machine: Mapping[str, Any]
   teacher: str = ''
   student: str = ''
+  format: str = 'plain'
 
   @property
   def arg(self) -> str:
     """Argument of configs/quickstart.py."""
-    models = ''.join(f',{name}={value}' for name, value in self.models.items())
+    given = {**self.models, 'format': self.format}
+    models = ''.join(f',{name}={value}' for name, value in given.items())
     return f'task={self.task},size={self.size},seed={self.seed},steps={self.steps:g},dtype={self.dtype}{models}'
 
   @property

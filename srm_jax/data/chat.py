@@ -119,9 +119,18 @@ def encode_completion(
   end = [_end_of_turn(conversation, header)] if finished else []
   prompt = _encode(conversation, header, [])
   text = conversation.mark(completion, 'assistant')
-  sampled = _encode_turn(tokenizer, text, _reasoning(text, _opened(header, markers), markers))
+  sampled = _encode_turn(tokenizer, text, _reasoning(text, opens_reasoning(header, markers), markers))
   closing = Encoded(np.array(end, np.int32), np.ones(len(end), bool), np.zeros(len(end), bool))
   return _joined([prompt, sampled, closing])
+
+
+def require_chats(tokenizer: Tokenizer):
+  """Raises ConfigError where a tokenizer cannot encode what templates write."""
+  if tokenizer.encode_rendered is None:
+    raise schema.ConfigError(
+        f'tokenizer {tokenizer.name} cannot encode chats: it recognises no special tokens in a text, or puts a space '
+        "before every text; fix: use the model's tokenizer.json"
+    )
 
 
 # --- turns and masks
@@ -131,11 +140,7 @@ class _Conversation:
   """Renders prefixes of marked messages."""
 
   def __init__(self, template, tokenizer, messages, markers, date, options):
-    if tokenizer.encode_rendered is None:
-      raise schema.ConfigError(
-          f'tokenizer {tokenizer.name} cannot encode chats: it recognises no special tokens in a text, or puts a space '
-          "before every text; fix: use the model's tokenizer.json"
-      )
+    require_chats(tokenizer)
     self.template, self.tokenizer, self.markers = template, tokenizer, markers
     self.render = functools.partial(templates.render, template, date=date, **options)
     # An assistant's words may hold added tokens (reasoning markers, tool calls), as it samples them. Those of others
@@ -184,7 +189,7 @@ def _segments(conversation, text, turns, supervised):
     yield _encode_given(tokenizer, text[cut : turn.start])
     written = text[turn.start : turn.stop]
     if number in supervised:
-      reasoning = _reasoning(text[turn.start : turn.end], _opened(text[: turn.start], markers), markers)
+      reasoning = _reasoning(text[turn.start : turn.end], opens_reasoning(text[: turn.start], markers), markers)
       yield _encode_turn(tokenizer, written, reasoning)
     else:
       yield _encode_given(tokenizer, written)
@@ -241,7 +246,7 @@ def _end_of_turn(conversation, header):
   return found[0]
 
 
-def _opened(header, markers):
+def opens_reasoning(header: str, markers=MARKERS) -> bool:
   """Whether the header of a turn begins its reasoning (DeepSeek-R1, QwQ)."""
   return header.rstrip().endswith(markers[0])
 

@@ -50,6 +50,14 @@ class Annotation:
     return f'{self.problem.id}#{self.sample}'
 
 
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+  """Messages of a user and an assistant, each a mapping with 'role' and 'content'."""
+
+  id: str
+  messages: list
+
+
 def write(path, annotations: Iterable[Annotation]):
   """Writes a file in place of what was there; `.gz` compresses. Readers see the old file or the whole new one."""
   _replace(path, b'', annotations)
@@ -79,6 +87,18 @@ def read(path) -> list[Annotation]:
     ValueError: names file, line and what is wrong: not JSON, a missing, unknown or mistyped key, an id seen before.
   """
   return _unique(path, _read_records(path, Annotation))
+
+
+def read_conversations(path) -> list[Conversation]:
+  """Reads {"id", "messages": [{"role", "content"}, ...]} a line, messages as `data.chat` wants them.
+
+  Raises:
+    ValueError: as `read`; also where the file has no conversation.
+  """
+  conversations = _unique(path, _read_records(path, Conversation))
+  if not conversations:
+    raise ValueError(f'{path}: no conversation in it; give one JSON object a line with "id" and "messages"')
+  return conversations
 
 
 def problems_from_jsonl(path) -> list[types.Problem]:

@@ -2,9 +2,10 @@
 
 import datetime
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+from etils import epath
 
 from srm_jax import schema
 from srm_jax.data import sandbox
@@ -35,7 +36,7 @@ def load_template(folder, *, name='default') -> ChatTemplate:
     ConfigError: there is no template, or none of that name, or it is no valid Jinja.
     ValueError: a JSON file is not readable.
   """
-  folder = pathlib.Path(folder)
+  folder = epath.Path(folder)
   source = tokenizers.read_json(folder / 'tokenizer_config.json').get('chat_template')
   if isinstance(source, list):
     source = schema.choose(f'chat template of {folder}', name, {entry['name']: entry['template'] for entry in source})

@@ -9,9 +9,7 @@ import hashlib
 import io
 import json
 import os
-import pathlib
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from types import MappingProxyType
@@ -20,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece
 import tokenizers
+from etils import epath
 
 BYTE_MARK = 'byte'  # a folder with a file of this name holds the byte tokenizer
 LOWER_BAR, BYTE_SPACE = '\u2581', '\u0120'  # SentencePiece's and byte-level BPE's own spellings of a space
@@ -40,7 +39,8 @@ class Tokenizer(NamedTuple):
   end_ids: all ids that end a text, eos_id first (Llama 3 has three). special_tokens, added_tokens: spelling -> id, of
   the tokens that `encode` never and always makes from their spelling. encode_rendered(text) -> (ids, spans) of text
   that a chat template wrote: special tokens are recognised; spans[i] = (start, end) are the characters of ids[i]. All
-  three only of a tokenizer.json. vocabulary: hash of all (id, piece), see `same_vocabulary`.
+  three only of a tokenizer.json. vocabulary: hash of all (id, piece), see `same_vocabulary`. prefix_ids: what the
+  model's own tokenizer puts before every text (Llama 3's and Gemma's bos), and `encode` does not.
   """
 
   name: str
@@ -56,6 +56,7 @@ class Tokenizer(NamedTuple):
   added_tokens: Mapping[str, int] = NONE
   encode_rendered: Callable[[str], tuple[list[int], list[tuple[int, int]]]] | None = None
   vocabulary: str = ''
+  prefix_ids: tuple[int, ...] = ()
 
 
 def load(path_or_name, *, eos_token=None) -> Tokenizer:
@@ -69,25 +70,25 @@ def load(path_or_name, *, eos_token=None) -> Tokenizer:
   Raises:
     ValueError: unknown name, a file that is cut or not what its name says, or no end-of-text token.
   """
-  if str(path_or_name) == 'byte' or (pathlib.Path(path_or_name) / BYTE_MARK).is_file():
+  if str(path_or_name) == 'byte' or (epath.Path(path_or_name) / BYTE_MARK).is_file():
     return _byte_tokenizer()
-  path = _tokenizer_file(pathlib.Path(path_or_name))
+  path = _tokenizer_file(epath.Path(path_or_name))
   return (_load_hugging_face if path.suffix == '.json' else _load_sentencepiece)(path, eos_token)
 
 
 def copy(path_or_name, folder):
   """Puts a tokenizer's files into a folder of its own, which `load` then reads."""
-  folder = pathlib.Path(folder)
+  folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   if load(path_or_name).name == 'byte':
     (folder / BYTE_MARK).touch()
     return
-  path = _tokenizer_file(pathlib.Path(path_or_name))
+  path = _tokenizer_file(epath.Path(path_or_name))
   target = folder / ('tokenizer.json' if path.suffix == '.json' else 'tokenizer.model')
-  shutil.copyfile(path, target)
+  target.write_bytes(path.read_bytes())
   for name in COMPANIONS:
     if (path.parent / name).is_file():
-      shutil.copyfile(path.parent / name, folder / name)
+      (folder / name).write_bytes((path.parent / name).read_bytes())
 
 
 def same_vocabulary(first: Tokenizer, second: Tokenizer) -> bool:
@@ -116,7 +117,7 @@ def named_special_tokens(folder) -> dict[str, str]:
   """{'eos_token': spelling, ...} from the files beside a tokenizer.json; tokenizer_config.json has the last word."""
   named = {}
   for name in ('special_tokens_map.json', 'tokenizer_config.json'):
-    entries = read_json(pathlib.Path(folder) / name)
+    entries = read_json(epath.Path(folder) / name)
     for key in SPECIAL_TOKENS:
       value = entries.get(key)
       value = value.get('content') if isinstance(value, dict) else value
@@ -217,11 +218,7 @@ def _load_sentencepiece(path, eos_token):
   size = processor.vocab_size()
   special = {i for i in range(size) if processor.is_control(i) or processor.is_unknown(i)} | {eos_id}
   return Tokenizer(
-      name=str(path),
-      vocab_size=size,
-      eos_id=eos_id,
-      pad_id=pad_id,
-      bos_id=bos_id,
+      name=str(path), vocab_size=size, eos_id=eos_id, pad_id=pad_id, bos_id=bos_id,
       fingerprint=_fingerprint(content, eos_id, pad_id, bos_id),
       encode=functools.partial(_encode_pieces, processor, _spelled_out(processor, eos_id)),
       decode=functools.partial(_decode_pieces, processor, frozenset(special)),
@@ -299,7 +296,7 @@ def train_sentencepiece(
 
 
 def _write_atomically(path, content):
-  path = pathlib.Path(path)
+  path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
   partial.write_bytes(content)
@@ -349,6 +346,12 @@ def _read_hugging_face(path, content):
   return tokenizer
 
 
+def _prefix_ids(tokenizer):
+  bare, whole = (tokenizer.encode('a', add_special_tokens=flag).ids for flag in (False, True))
+  starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+  return tuple(whole[: next(starts, 0)])
+
+
 def _end_ids(path, tokenizer, eos_id):
   """eos_id (where there is one), then further ids of eos_token_id in generation_config.json."""
   place = path.parent / 'generation_config.json'
@@ -391,4 +394,5 @@ def _load_hugging_face(path, eos_token):
       added_tokens={spelling: i for spelling, (i, is_special) in added.items() if not is_special},
       encode_rendered=_rendered_encoder(tokenizer),
       vocabulary=_hash_vocabulary(vocabulary),
+      prefix_ids=_prefix_ids(tokenizer),
   )

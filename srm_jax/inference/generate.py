@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
+from srm_jax.data.prompting import prompt_ids
 from srm_jax.inference import decode
 from srm_jax.inference import logits as sampler
 from srm_jax.models.config import RopeScaling, TransformerConfig
@@ -45,7 +46,7 @@ def make_generate(
 
   def generate(prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Completion]]:
     sampler.check(sampling)
-    encoded = [prompt.tokens or tuple(tokenizer.encode(prompt.text)) for prompt in prompts]
+    encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     _check_lengths(prompts, encoded, config.max_length - sampling.max_new_tokens)
     _check_rope(config.rope_scaling, prompts, encoded, sampling.max_new_tokens)
     by_length = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from srm_jax.data.prompting import prompt_ids
 from srm_jax.inference import decode
 from srm_jax.losses import cross_entropy, lm_head
 from srm_jax.models import heads, transformer
@@ -61,7 +62,7 @@ def _length(completion):
 
 def _check(completion, tokenizer, max_length):
   name = f'completion {completion.sample} of prompt {completion.prompt.id!r}'
-  if tuple(tokenizer.encode(completion.prompt.text)) != tuple(completion.prompt_tokens):
+  if prompt_ids(tokenizer, completion.prompt) != tuple(completion.prompt_tokens):
     raise ValueError(
         f'{name} was sampled with another tokenizer than the scorer has; score it with a model that shares it'
     )

@@ -8,12 +8,13 @@ import jax
 
 from srm_jax import checkpoints, schema
 from srm_jax.data import packing, pipeline, records
+from srm_jax.data.prompting import PromptConfig, Prompting, open_prompting
 from srm_jax.data.tokenizer import Tokenizer, same_vocabulary
 from srm_jax.models.config import TransformerConfig
 from srm_jax.models.transformer import Transformer, variables
 from srm_jax.tasks import TASKS
 from srm_jax.tasks.task import Task
-from srm_jax.types import Batch, Problem, Prompt, Source
+from srm_jax.types import Batch, Problem, Source
 
 
 class Context(NamedTuple):
@@ -32,7 +33,7 @@ class DataConfig:
   task, split, count, seed: problems of a task, generated or read. records: a file of annotations, which replaces
   split, count and seed. target: 'solution' learns the problem's own worked solution, 'completion' the annotation's
   text; both of right annotations only, unless 'unfiltered_solution' or 'unfiltered_completion' says that wrong ones
-  count too.
+  count too; 'conversation' learns the assistants' turns of a file of conversations. prompt: how problems are put.
   """
 
   task: str
@@ -41,6 +42,7 @@ class DataConfig:
   seed: int
   records: str
   target: str
+  prompt: PromptConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ class BatchConfig:
   packing: str
 
 
-TARGETS = ('solution', 'completion', 'unfiltered_solution', 'unfiltered_completion')
+TARGETS = ('solution', 'completion', 'unfiltered_solution', 'unfiltered_completion', 'conversation')
 PLANS = {'plan': packing.plan, 'one_per_row': packing.one_per_row}
 
 
@@ -109,29 +111,42 @@ def worked_examples(data: DataConfig) -> list[Worked]:
 
 def load_problems(data: DataConfig) -> list[Problem]:
   """The problems that the data section names (of the annotations' file where one is given)."""
+  if data.target == 'conversation':
+    raise schema.ConfigError("data.target 'conversation' is for fine-tuning; what samples or grades needs problems")
   if data.records:
     return list({a.problem.id: a.problem for a in records.read(data.records)}.values())
   return find_task(data.task).problems(data.split, count=data.count or None, seed=data.seed)
 
 
-def prompts(task: Task, problems) -> list[Prompt]:
-  return [Prompt(problem.id, task.prompt(problem)) for problem in problems]
+def open_data(data: DataConfig, tokenizer: Tokenizer) -> Prompting:
+  """How the problems of a data section are put to models of a tokenizer."""
+  return open_prompting(data.prompt, find_task(data.task), tokenizer)
 
 
-def encode(task: Task, tokenizer: Tokenizer, worked: list[Worked]) -> list[packing.Example]:
-  """Examples with loss on the completion and its end-of-text."""
+def examples_of(data: DataConfig, tokenizer: Tokenizer) -> list[packing.Example]:
+  """What a data section has to learn from.
+
+  Raises:
+    ConfigError: as `worked_examples` and `open_prompting`; a conversation that the template cannot write.
+  """
+  prompting = open_data(data, tokenizer)
+  if data.target == 'conversation':
+    return [prompting.conversation(one.id, one.messages) for one in _conversations(data)]
   return [
-      packing.from_prompt_completion(
-          item.id, tokenizer.encode(task.prompt(item.problem)), tokenizer.encode(item.completion),
-          tokenizer.eos_id if item.finished else None,
-      )
-      for item in worked
+      prompting.example(item.id, item.problem, item.completion, finished=item.finished)
+      for item in worked_examples(data)
   ]
+
+
+def _conversations(data: DataConfig):
+  if not pathlib.Path(data.records).is_file():
+    raise schema.ConfigError(f"data.target 'conversation' reads data.records; {data.records!r} is no file")
+  return records.read_conversations(data.records)
 
 
 def dataset(data: DataConfig, batch: BatchConfig, context: Context) -> Source:
   """The source of a data section: packed batches of its examples."""
-  examples = encode(find_task(data.task), context.tokenizer, worked_examples(data))
+  examples = examples_of(data, context.tokenizer)
   return pipeline.dataset_source(
       examples, batch_size=batch.size, length=batch.length, seed=context.seed,
       plan=schema.choose('batch.packing', batch.packing, PLANS),
@@ -147,14 +162,17 @@ def load_teacher(folder: str, context: Context) -> checkpoints.Model:
     ConfigError: its tokenizer is another one.
   """
   teacher = checkpoints.load_model(folder, dtype=context.model.dtype)
-  same = teacher.tokenizer.fingerprint == context.tokenizer.fingerprint
-  if not same and not same_vocabulary(teacher.tokenizer, context.tokenizer):
-    raise schema.ConfigError(
-        f'teacher {folder} has tokenizer {teacher.tokenizer.name} of {teacher.tokenizer.vocab_size} pieces, '
-        f'the student {context.tokenizer.name} of {context.tokenizer.vocab_size}; '
-        'logits can only be compared over one vocabulary'
-    )
+  require_same_vocabulary(f'teacher {folder}', teacher.tokenizer, 'the student', context.tokenizer)
   return teacher
+
+
+def require_same_vocabulary(name: str, tokenizer: Tokenizer, other_name: str, other: Tokenizer):
+  """Raises ConfigError where two models' ids do not mean the same pieces."""
+  if tokenizer.fingerprint != other.fingerprint and not same_vocabulary(tokenizer, other):
+    raise schema.ConfigError(
+        f'{name} has tokenizer {tokenizer.name} of {tokenizer.vocab_size} pieces, {other_name} {other.name} of '
+        f'{other.vocab_size}; logits can only be compared over one vocabulary'
+    )
 
 
 def forward(config: TransformerConfig, params: Any, batch: Batch, *, taps=()):

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 
 from srm_jax import schema
+from srm_jax.data.prompting import Prompting, prompt_ids
 from srm_jax.data.records import content_hash
 from srm_jax.inference import make_generate
-from srm_jax.recipes.context import Context, DataConfig, find_task, load_problems
+from srm_jax.recipes.context import Context, DataConfig, load_problems, open_data
 from srm_jax.rollout import rollout, subsample, to_rollouts
-from srm_jax.tasks.task import Task
 from srm_jax.types import Mean, Problem, Rollouts, SamplingParams, Source
 
 
@@ -27,9 +27,9 @@ class RolloutConfig:
   top_p: float
 
 
-def check_lengths(config: RolloutConfig, task: Task, problems: Sequence[Problem], context: Context):
+def check_lengths(config: RolloutConfig, prompting: Prompting, problems: Sequence[Problem], context: Context):
   """Raises ConfigError where the longest prompt and max_new_tokens fit neither in a row nor in the model's context."""
-  lengths = {problem.id: len(context.tokenizer.encode(task.prompt(problem))) for problem in problems}
+  lengths = {problem.id: len(prompt_ids(context.tokenizer, prompting.prompt(problem))) for problem in problems}
   longest = max(lengths, key=lengths.get)
   room = min(config.length, context.model.max_length)
   if lengths[longest] + config.max_new_tokens > room:
@@ -49,10 +49,10 @@ def row_length(groups, limit: int) -> int:
 
 def source(config: RolloutConfig, data: DataConfig, context: Context, *, advantage: Callable | None) -> Source:
   """Rollouts as a pure function of (params, seed, step), so that the cursor is nothing but the step."""
-  task, problems = find_task(data.task), load_problems(data)
+  prompting, problems = open_data(data, context.tokenizer), load_problems(data)
   if not problems:
     raise schema.ConfigError(f'no problem to sample for in {data}')
-  check_lengths(config, task, problems, context)
+  check_lengths(config, prompting, problems, context)
   identity = {'data_hash': content_hash([problem.id for problem in problems]), 'seed': context.seed}
   sampling = SamplingParams(
       temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, max_new_tokens=config.max_new_tokens,
@@ -65,7 +65,7 @@ def source(config: RolloutConfig, data: DataConfig, context: Context, *, advanta
     )
     chosen = subsample(problems, config.prompts, seed=context.seed, step=step)
     drawn = dataclasses.replace(sampling, seed=context.seed * 1_000_003 + step)
-    groups = rollout(generate, task, chosen, drawn)
+    groups = rollout(generate, prompting, chosen, drawn)
     length = row_length(groups, config.length)
     return to_rollouts(groups, length=length, pad_id=context.tokenizer.pad_id, advantage=advantage)
 

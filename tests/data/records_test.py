@@ -152,3 +152,15 @@ def test_content_hash_follows_content_alone():
   assert len({records.content_hash(item) for item in different}) == len(different)
   with pytest.raises(TypeError, match='no content hash'):
     records.content_hash(object())
+
+
+def test_conversations(tmp_path):
+  path = tmp_path / 'c.jsonl'
+  path.write_text('{"id": "a", "messages": [{"role": "user", "content": "x"}]}\n')
+  assert records.read_conversations(path) == [records.Conversation('a', [{'role': 'user', 'content': 'x'}])]
+  path.write_text('{"id": "a", "messages": "x"}\n')
+  with pytest.raises(ValueError, match='c.jsonl:1: "messages" must be list'):
+    records.read_conversations(path)
+  path.write_text('')
+  with pytest.raises(ValueError, match='no conversation in it'):
+    records.read_conversations(path)

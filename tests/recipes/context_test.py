@@ -101,9 +101,9 @@ def test_unfiltered_targets_learn_from_wrong_annotations_too(tmp_path):
 
 
 def test_loss_lies_on_the_completion_and_its_end():
-  item = context.Worked('x', PROBLEMS[0], 'ab')
   prompt = tiny.SUMS.prompt(PROBLEMS[0])
-  whole, cut = context.encode(tiny.SUMS, BYTES, [item, item._replace(finished=False)])
+  asked = context.open_data(section(), BYTES)
+  whole, cut = (asked.example('x', PROBLEMS[0], 'ab', finished=finished) for finished in (True, False))
   assert whole.tokens.tolist() == [*prompt.encode(), *b'ab', BYTES.eos_id]
   assert cut.tokens.tolist() == [*prompt.encode(), *b'ab']  # what the length limit cut must not learn to end
   for example in (whole, cut):

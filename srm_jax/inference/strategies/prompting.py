@@ -13,13 +13,18 @@ def direct(generate: Generate, *, cue: str) -> Generate:
   """
 
   def strategy(prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Completion]]:
-    cued = [Prompt(prompt.id, prompt.text + cue) for prompt in prompts]
+    cued = [_opened(prompt, cue) for prompt in prompts]
     return [
         [dataclasses.replace(completion, text=cue + completion.text) for completion in group]
         for group in generate(cued, sampling)
     ]
 
   return strategy
+
+
+def _opened(prompt: Prompt, cue: str) -> Prompt:
+  opening = prompt.opening + cue if prompt.tokens else ''
+  return prompt._replace(text=prompt.text + cue, opening=opening)
 
 
 def chain_of_thought(generate: Generate, *, temperature: float | None = None) -> Generate:
