@@ -25,6 +25,7 @@ SHORT = 20  # within the original length, the window passed twice
 
 # Parameters in millions, as the models' cards give them.
 MILLIONS = {
+    'phi4-mini': 3836.0,
     'llama3.2-1b': 1235.8, 'llama3.2-3b': 3212.7, 'llama3.1-8b': 8030.3, 'qwen2.5-0.5b': 494.0, 'qwen2.5-1.5b': 1543.7,
     'qwen2.5-3b': 3085.9, 'qwen2.5-7b': 7615.6, 'deepseek-r1-distill-qwen-1.5b': 1777.1,
     'deepseek-r1-distill-qwen-7b': 7615.6, 'qwen3-0.6b': 596.0, 'qwen3-1.7b': 1720.6, 'qwen3-4b': 4022.5,
