@@ -32,6 +32,7 @@ REQUIREMENTS = [
 EXTRAS = {
   'bench': ['peft>=0.21', 'torch>=2.13', 'transformers>=5.23'],
   'cuda': ['jax[cuda12]'],
+  'gcs': ['gcsfs>=2026.8'],
   'notebooks': ['ipykernel>=7.0', 'nbclient>=0.10', 'nbformat>=5.10'],
   'test': ['pytest>=9.0', 'pytest-xdist>=3.8', 'safetensors>=0.8.0'],
   'tpu': ['jax[tpu]'],

@@ -10,14 +10,18 @@ from configs import base
 
 
 def get_config(arg: str = ''):
-  """arg: 'folder=DIR' or 'preset=NAME' of srm_jax.models.families; 'rows=64,length=4096'; 'smoke' shrinks it."""
-  a = base.parse_arg(arg, preset='qwen2.5-1.5b', folder='', rows=64, length=4096, smoke=False)
+  """arg: 'folder=DIR' or 'preset=NAME' of srm_jax.models.families; 'rows=64,length=4096'; 'format=chat' puts problems
+  through the folder's chat template; 'smoke' shrinks it.
+  """
+  a = base.parse_arg(arg, preset='qwen2.5-1.5b', folder='', rows=64, length=4096, format='plain', smoke=False)
   how = dict(dtype='bfloat16', param_dtype='float32', remat='full', max_length=a.length)
   if a.smoke:
     how |= dict(vocab_size=0, num_layers=2, embed_dim=64, head_dim=16, num_heads=4, num_kv_heads=2, mlp_dim=128)
   return base.train(
       base.sft(
-          base.data('arithmetic_mix' if a.smoke else 'gsm8k', count=200 if a.smoke else 0),
+          base.data(
+              'arithmetic_mix' if a.smoke else 'gsm8k', count=200 if a.smoke else 0, prompting=base.prompt(a.format),
+          ),
           base.batch(4, 128) if a.smoke else base.batch(a.rows, a.length), head_chunk=None,
       ),
       tokenizer=a.folder or ('byte' if a.smoke else ''), init_from=a.folder,
