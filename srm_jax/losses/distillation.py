@@ -6,6 +6,9 @@ both softmax(logits / temperature), in float32. The teacher receives no gradient
 No divergence carries the factor T^2 that keeps gradients of equal size over temperatures T (Hinton et al. 2015): a
 caller whose config asks for it multiplies the reduced loss by `temperature**2`, so that no loss is rescaled in silence.
 
+temperature, beta, alpha, tau and their like are numbers, or traced scalars where a schedule changes them from step to
+step: a number out of range raises, a traced one is not looked at.
+
 `axis_name` names the mesh axis that splits V inside `shard_map`; only per-token scalars cross it. Gradients are right
 outside and, with shard_map's default `check_vma=True`, inside; with `check_vma=False` JAX transposes a psum to a psum,
 and a gradient taken inside comes out times the size of the axis. What needs the whole vocabulary on one device is
@@ -16,7 +19,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from srm_jax.losses import vocabulary
+from srm_jax.losses import divergences, vocabulary
 
 
 def forward_kl(student_logits, teacher_logits, *, temperature=1.0, axis_name=None):
@@ -40,7 +43,7 @@ def forward_kl(student_logits, teacher_logits, *, temperature=1.0, axis_name=Non
   Reference: Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, arXiv 1503.02531.
   """
   log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, axis_name)
-  return _kl(log_p, log_q, axis_name)
+  return divergences.kl(log_p, log_q, axis_name=axis_name)
 
 
 def reverse_kl(student_logits, teacher_logits, *, temperature=1.0, axis_name=None):
@@ -64,7 +67,7 @@ def reverse_kl(student_logits, teacher_logits, *, temperature=1.0, axis_name=Non
   Reference: Gu, Dong, Wei, Huang, MiniLLM: Knowledge Distillation of Large Language Models, arXiv 2306.08543.
   """
   log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, axis_name)
-  return _kl(log_q, log_p, axis_name)
+  return divergences.kl(log_q, log_p, axis_name=axis_name)
 
 
 def jensen_shannon(student_logits, teacher_logits, *, beta=0.5, temperature=1.0, axis_name=None):
@@ -73,7 +76,8 @@ def jensen_shannon(student_logits, teacher_logits, *, beta=0.5, temperature=1.0,
   D_b = b KL(p || m) + (1 - b) KL(q || m),  m = b p + (1 - b) q;  D_0 = KL(p || q),  D_1 = KL(q || p)
 
   The end points are a convention (TRL's): the formula itself vanishes there, D_b / b -> KL(p || q) as b -> 0 and
-  D_b / (1 - b) -> KL(q || p) as b -> 1. The scale jumps, so a learning rate tuned at b = 0.1 does not fit b = 0.
+  D_b / (1 - b) -> KL(q || p) as b -> 1. The scale jumps, so a learning rate tuned at b = 0.1 does not fit b = 0;
+  `scaled_jensen_shannon` is free of that.
 
   Args:
     student_logits: [..., V].
@@ -91,14 +95,97 @@ def jensen_shannon(student_logits, teacher_logits, *, beta=0.5, temperature=1.0,
 
   Reference: Agarwal et al., On-Policy Distillation of Language Models, arXiv 2306.13649.
   """
-  _assert_in_unit_interval('jensen_shannon', 'beta', beta)
+  divergences.assert_in_unit_interval('jensen_shannon', 'beta', beta)
   log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, axis_name)
-  if beta == 0:
-    return _kl(log_p, log_q, axis_name)
-  if beta == 1:
-    return _kl(log_q, log_p, axis_name)
-  log_m = _log_mixture(log_p, log_q, beta)
-  return beta * _kl(log_p, log_m, axis_name) + (1 - beta) * _kl(log_q, log_m, axis_name)
+  return divergences.jensen_shannon(log_p, log_q, beta=beta, axis_name=axis_name)
+
+
+def scaled_jensen_shannon(student_logits, teacher_logits, *, beta=0.5, temperature=1.0, axis_name=None):
+  """Generalised Jensen-Shannon divergence of one scale: forward KL becomes reverse KL as beta goes from 0 to 1.
+
+  D_b / (b (1 - b)) = KL(p || m) / (1 - b) + KL(q || m) / b,  m = b p + (1 - b) q
+
+  The end points are the limits, so beta may follow a schedule through all of [0, 1] at one learning rate. At b = 0.5
+  it is 4 times `jensen_shannon`.
+
+  Args:
+    student_logits: [..., V].
+    teacher_logits: [..., V].
+    beta: number in [0, 1], the weight of the teacher in the mixture.
+    temperature: positive number that divides both logits.
+    axis_name: mesh axis over which V is split, or None.
+
+  Returns:
+    [...] divergence per token, float32.
+
+  Raises:
+    AssertionError: if the shapes differ.
+    ValueError: if beta is outside [0, 1] or the temperature is not positive.
+
+  Reference: Agarwal et al., On-Policy Distillation of Language Models, arXiv 2306.13649, for D_b and its limits.
+  """
+  divergences.assert_in_unit_interval('scaled_jensen_shannon', 'beta', beta)
+  log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, axis_name)
+  return divergences.scaled_jensen_shannon(log_p, log_q, beta=beta, axis_name=axis_name)
+
+
+def symmetric_kl(student_logits, teacher_logits, *, reverse_share=0.5, temperature=1.0, axis_name=None):
+  """Forward and reverse KL, mixed with one weight for all tokens; at 0.5 half of Jeffreys' divergence.
+
+  (1 - r) KL(p || q) + r KL(q || p)
+
+  Args:
+    student_logits: [..., V].
+    teacher_logits: [..., V].
+    reverse_share: number r in [0, 1], the share of the reverse KL.
+    temperature: positive number that divides both logits.
+    axis_name: mesh axis over which V is split, or None.
+
+  Returns:
+    [...] divergence per token, float32.
+
+  Raises:
+    AssertionError: if the shapes differ.
+    ValueError: if reverse_share is outside [0, 1] or the temperature is not positive.
+
+  Reference: Jeffreys, An Invariant Form for the Prior Probability in Estimation Problems, 1946.
+  """
+  divergences.assert_in_unit_interval('symmetric_kl', 'reverse_share', reverse_share)
+  log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, axis_name)
+  forward = divergences.kl(log_p, log_q, axis_name=axis_name)
+  return (1 - reverse_share) * forward + reverse_share * divergences.kl(log_q, log_p, axis_name=axis_name)
+
+
+def taid(student_logits, teacher_logits, *, tau=0.4, temperature=1.0, axis_name=None):
+  """Forward KL to a target between student and teacher (TAID); tau 1 is forward KL, tau 0 has nothing to teach.
+
+  KL(p_tau || q),  p_tau = softmax((1 - tau) sg(z_q) + tau z_p);  gradient on the student logits q - p_tau
+
+  Logits are mixed, not probabilities. The paper raises tau from 0.4 to 1 over the run: give it by a schedule.
+
+  Args:
+    student_logits: [..., V].
+    teacher_logits: [..., V].
+    tau: number in [0, 1], the teacher's share of the target's logits.
+    temperature: positive number that divides both logits.
+    axis_name: mesh axis over which V is split, or None.
+
+  Returns:
+    [...] divergence per token, float32.
+
+  Raises:
+    AssertionError: if the shapes differ.
+    ValueError: if tau is outside [0, 1] or the temperature is not positive.
+
+  Reference: Shing et al., TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge Transfer in
+  Language Models, arXiv 2501.16937.
+  """
+  divergences.assert_in_unit_interval('taid', 'tau', tau)
+  log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, axis_name)
+  # Log-probabilities differ from logits by a number per token, which the softmax does not see.
+  target = (1 - tau) * jax.lax.stop_gradient(log_q) + tau * log_p
+  log_target = vocabulary.log_softmax(target, axis_name=axis_name)
+  return divergences.kl(log_target, log_q, axis_name=axis_name)
 
 
 def skew_kl(student_logits, teacher_logits, *, alpha=0.1, temperature=1.0, axis_name=None):
@@ -122,9 +209,9 @@ def skew_kl(student_logits, teacher_logits, *, alpha=0.1, temperature=1.0, axis_
 
   Reference: Ko, Kim, Chen, Yun, DistiLLM: Towards Streamlined Distillation for Large Language Models, arXiv 2402.03898.
   """
-  _assert_in_unit_interval('skew_kl', 'alpha', alpha)
+  divergences.assert_in_unit_interval('skew_kl', 'alpha', alpha)
   log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, axis_name)
-  return _kl(log_p, _log_mixture(log_p, log_q, alpha), axis_name)
+  return divergences.kl(log_p, divergences.log_mixture(log_p, log_q, alpha), axis_name=axis_name)
 
 
 def skew_reverse_kl(student_logits, teacher_logits, *, alpha=0.1, temperature=1.0, axis_name=None):
@@ -148,9 +235,9 @@ def skew_reverse_kl(student_logits, teacher_logits, *, alpha=0.1, temperature=1.
 
   Reference: Ko, Kim, Chen, Yun, DistiLLM: Towards Streamlined Distillation for Large Language Models, arXiv 2402.03898.
   """
-  _assert_in_unit_interval('skew_reverse_kl', 'alpha', alpha)
+  divergences.assert_in_unit_interval('skew_reverse_kl', 'alpha', alpha)
   log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, axis_name)
-  return _kl(log_q, _log_mixture(log_q, log_p, alpha), axis_name)
+  return divergences.kl(log_q, divergences.log_mixture(log_q, log_p, alpha), axis_name=axis_name)
 
 
 def total_variation(student_logits, teacher_logits, *, temperature=1.0, axis_name=None):
@@ -174,7 +261,7 @@ def total_variation(student_logits, teacher_logits, *, temperature=1.0, axis_nam
   Reference: Wen, Li, Du, Mou, f-Divergence Minimization for Sequence-Level Knowledge Distillation, arXiv 2307.15190.
   """
   log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, axis_name)
-  return 0.5 * vocabulary.vocab_sum(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)), axis_name=axis_name)
+  return divergences.total_variation(log_p, log_q, axis_name=axis_name)
 
 
 def adaptive_kl(student_logits, teacher_logits, *, mu=0.5, temperature=1.0, axis_name=None):
@@ -199,7 +286,7 @@ def adaptive_kl(student_logits, teacher_logits, *, mu=0.5, temperature=1.0, axis
 
   Reference: Wu et al., Rethinking Kullback-Leibler Divergence in Knowledge Distillation for LLMs, arXiv 2404.02657.
   """
-  _assert_in_unit_interval('adaptive_kl', 'mu', mu)
+  divergences.assert_in_unit_interval('adaptive_kl', 'mu', mu)
   if axis_name is not None:
     raise ValueError(
         f'adaptive_kl sorts the whole vocabulary and cannot run with it split over mesh axis {axis_name!r}; '
@@ -207,7 +294,7 @@ def adaptive_kl(student_logits, teacher_logits, *, mu=0.5, temperature=1.0, axis
     )
   log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, axis_name)
   weight = _head_share(jnp.exp(log_p), jnp.exp(jax.lax.stop_gradient(log_q)), mu)
-  return weight * _kl(log_p, log_q, axis_name) + (1 - weight) * _kl(log_q, log_p, axis_name)
+  return weight * divergences.kl(log_p, log_q) + (1 - weight) * divergences.kl(log_q, log_p)
 
 
 def _head_share(p, q, mu):
@@ -223,8 +310,7 @@ def _head_share(p, q, mu):
 def _log_probs(student_logits, teacher_logits, temperature, axis_name):
   """Student's and teacher's log-probabilities at the temperature, float32 [..., V] each."""
   chex.assert_equal_shape([student_logits, teacher_logits])
-  if temperature <= 0:
-    raise ValueError(f'temperature {temperature} of a divergence must be positive; 1 leaves the logits as they are')
+  divergences.assert_positive_temperature(temperature)
   teacher_logits = jax.lax.stop_gradient(teacher_logits)
   # Divided in float32: a bfloat16 quotient would move the distributions.
   return tuple(
@@ -233,25 +319,13 @@ def _log_probs(student_logits, teacher_logits, temperature, axis_name):
   )
 
 
-def _kl(log_a, log_b, axis_name):
-  """KL(a || b) over the vocabulary: [..., V] -> [...]."""
-  return vocabulary.vocab_sum(jnp.exp(log_a) * (log_a - log_b), axis_name=axis_name)
-
-
-def _log_mixture(log_a, log_b, weight):
-  """log(weight a + (1 - weight) b): it is probabilities that are mixed, not log-probabilities."""
-  return jnp.logaddexp(log_a + jnp.log(weight), log_b + jnp.log1p(-weight))
-
-
-def _assert_in_unit_interval(divergence, option, value):
-  if not 0 <= value <= 1:
-    raise ValueError(f'{option} {value} of {divergence} is outside [0, 1]')
-
-
 DIVERGENCES = {
     'forward_kl': forward_kl,
     'reverse_kl': reverse_kl,
     'jensen_shannon': jensen_shannon,
+    'scaled_jensen_shannon': scaled_jensen_shannon,
+    'symmetric_kl': symmetric_kl,
+    'taid': taid,
     'skew_kl': skew_kl,
     'skew_reverse_kl': skew_reverse_kl,
     'total_variation': total_variation,
