@@ -32,6 +32,14 @@ def test_cosine_ignores_scale_and_knows_opposites():
   np.testing.assert_allclose(features.cosine(STUDENT, -STUDENT), [[2.0, 2.0]], atol=1e-6)
 
 
+def test_patient_by_hand_and_as_twice_the_cosine_distance():
+  distance = features.patient(STUDENT, TEACHER, projector=PROJECTOR)
+  np.testing.assert_allclose(distance, [[2 - 8 / np.sqrt(28), 2 - 4 / np.sqrt(8)]], rtol=1e-6)
+  x, y = random_hidden(5), random_hidden(5, seed=1)
+  np.testing.assert_allclose(features.patient(x, y), 2 * features.cosine(x, y), rtol=1e-5)
+  np.testing.assert_allclose(features.patient(x, -3 * x), jnp.full((2, 8), 4.0), rtol=1e-5)
+
+
 @pytest.mark.parametrize('name', FEATURES)
 def test_contract(name):
   distance = FEATURES[name](STUDENT.astype(jnp.bfloat16), TEACHER.astype(jnp.bfloat16), projector=PROJECTOR)
