@@ -101,7 +101,8 @@ def writer(folder, identity: Identity, *, shard_examples=256) -> Iterator['Write
     shard_examples: examples of a file, held in memory until it is written; a killed writer loses no more.
 
   Raises:
-    ValueError: the folder holds a cache of another identity or a damaged manifest, or another process writes it.
+    ValueError: the folder holds a cache of another identity, or one whose manifest is damaged or gone, or another
+      process writes it.
   """
   if shard_examples < 1:
     raise ValueError(f'shard_examples {shard_examples} is not positive; give at least 1')
@@ -189,10 +190,20 @@ def _resume(folder, identity) -> Manifest:
     manifest.shards = [shard for shard, fault in zip(manifest.shards, faults, strict=True) if not fault]
     manifest.complete = manifest.complete and not any(faults)
   else:
+    _require_no_shards(folder)
     manifest = Manifest(identity.as_dict(), [])
   teacher_shards.save_manifest(folder, manifest)
   teacher_shards.clear_leftovers(folder, manifest)
   return manifest
+
+
+def _require_no_shards(folder):
+  """A killed writer leaves no shard without a manifest: these are of a cache that lost it, and may be hours of work."""
+  shards = teacher_shards.shard_files(folder)
+  if shards:
+    raise ValueError(
+        f'{folder} holds {len(shards)} shards and no {teacher_shards.MANIFEST}; '
+        'fix: restore it, delete the shards, or choose another folder')
 
 
 def _require_same(folder, manifest, identity):

@@ -108,10 +108,15 @@ def _rendered(content):
   return f'{json.dumps(content | {"checksum": checksum})}\n'.encode()
 
 
+def shard_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Paths of all shards that lie in a folder, listed or not."""
+  return sorted(folder.glob('shard-*.array_record'))
+
+
 def clear_leftovers(folder: pathlib.Path, manifest: Manifest):
   """Deletes what a killed writer left: files that were being written, and shards that it had not listed yet."""
   listed = {shard.file for shard in manifest.shards}
-  for path in [*folder.glob('*.partial'), *folder.glob('shard-*.array_record')]:
+  for path in [*folder.glob('*.partial'), *shard_files(folder)]:
     if path.name not in listed:
       path.unlink()
 

@@ -1,6 +1,5 @@
 import concurrent.futures
-import dataclasses
-import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -11,52 +10,10 @@ import pytest
 from scipy import special
 
 from srm_jax.data import packing, teacher_cache, teacher_shards, top_k_codec
-from srm_jax.data.teacher_cache import Identity, open_cache, verify, writer
+from srm_jax.data.teacher_cache import open_cache, verify, writer
+from tests.data.cached import EOS, VOCAB, K, contents, identity_of, logits_of, make_examples, shards, top_of, write
 
-VOCAB, K, EOS = 300, 8, 1
-
-
-def make_examples(count=11, *, seed=0):
-  """Prompts and completions; the one with number 3 has no completion, so no row."""
-  generator, examples = np.random.default_rng(seed), []
-  for number in range(count):
-    prompt, completion = (generator.integers(2, VOCAB, size) for size in generator.integers(1, 9, 2))
-    completion, end = (completion[:0], None) if number == 3 else (completion, EOS)
-    examples.append(packing.from_prompt_completion(f'e{number}', prompt, completion, end))
-  return examples
-
-
-def logits_of(example):
-  """The dense teacher at the supervised targets: a function of the token before each and its position."""
-  before = np.flatnonzero(np.append(example.loss_mask[1:], False))
-  seeds = [(int(example.tokens[i]), int(i)) for i in before]
-  return np.array([np.random.default_rng(seed).normal(0, 3, VOCAB) for seed in seeds]).reshape(len(seeds), VOCAB)
-
-
-def top_of(example):
-  logprobs = special.log_softmax(logits_of(example), axis=1) if example.loss_mask.any() else np.empty((0, VOCAB))
-  ids = np.argsort(-logprobs, axis=1)[:, :K]
-  return ids, np.take_along_axis(logprobs, ids, axis=1).astype(np.float32)
-
-
-def identity_of(examples, **changes):
-  plain = Identity(
-      teacher='t1', tokenizer='v1', data=teacher_cache.data_hash(examples), vocab_size=VOCAB, k=K, temperature=1.0)
-  return dataclasses.replace(plain, **changes)
-
-
-def write(folder, examples, *, shard_examples=4, stop=None, **changes):
-  """Writes a cache; with `stop` the writer fails before that many examples."""
-  with writer(folder, identity_of(examples, **changes), shard_examples=shard_examples) as out:
-    for number, example in enumerate(examples):
-      if number == stop:
-        raise InterruptedError
-      if example.id not in out.finished:
-        out.append(example, *top_of(example))
-
-
-def contents(folder):
-  return {path.name: path.read_bytes() for path in folder.iterdir()}
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def test_round_trip(tmp_path):
@@ -192,10 +149,6 @@ def test_an_identity_that_cannot_be(change, message):
     identity_of(make_examples(), **change)
 
 
-def shards(folder):
-  return {name: raw for name, raw in contents(folder).items() if name != teacher_shards.MANIFEST}
-
-
 @pytest.mark.parametrize('stop', [0, 1, 4, 7, 8, 10])
 def test_an_interrupted_writer_continues_and_makes_the_same_bytes(tmp_path, stop):
   examples = make_examples()
@@ -216,7 +169,7 @@ def test_an_interrupted_writer_continues_and_makes_the_same_bytes(tmp_path, stop
 KILLED = textwrap.dedent("""
   import os, pathlib, signal, sys
   from srm_jax.data import teacher_shards
-  from tests.data import teacher_cache_test as case
+  from tests.data import cached as case
   folder, function, count = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
   owner = os if hasattr(os, function) else teacher_shards
   real, calls = getattr(owner, function), []
@@ -237,7 +190,7 @@ def test_a_killed_writer_continues(tmp_path, function, count):
   """SIGKILL before the first manifest, before a shard or its manifest is renamed, within a shard, between the two."""
   examples = make_examples()
   command = [sys.executable, '-c', KILLED, str(tmp_path / 'cut'), function, str(count)]
-  assert subprocess.run(command, cwd=os.getcwd(), check=False).returncode == -signal.SIGKILL
+  assert subprocess.run(command, cwd=ROOT, check=False).returncode == -signal.SIGKILL
   if (tmp_path / 'cut' / 'manifest.json').exists():
     assert verify(tmp_path / 'cut').examples < len(examples)
   write(tmp_path / 'cut', examples, shard_examples=2)
@@ -258,6 +211,37 @@ def test_a_finished_cache_stays_as_it_is_and_can_grow(tmp_path):
   write(tmp_path, examples)
   assert len(open_cache(tmp_path, identity)) == 11
   assert shards(tmp_path).items() >= old.items()
+
+
+def test_a_finished_cache_that_was_growing_when_stopped_is_unfinished(tmp_path):
+  examples = make_examples()
+  identity = identity_of(examples)
+  with writer(tmp_path, identity, shard_examples=4) as out:
+    out.append(examples[0], *top_of(examples[0]))
+  with pytest.raises(InterruptedError):
+    write(tmp_path, examples, stop=7)
+  with pytest.raises(ValueError, match='unfinished, with 5 examples in 2 shards'):
+    open_cache(tmp_path, identity)
+
+
+def test_the_writer_clears_what_a_killed_one_left(tmp_path):
+  examples = make_examples()
+  write(tmp_path, examples)
+  before = contents(tmp_path)
+  for name in ('shard-00003.array_record', 'shard-00003.array_record.partial', 'manifest.json.partial'):
+    (tmp_path / name).write_bytes(b'half')
+  write(tmp_path, examples)
+  assert contents(tmp_path) == before
+
+
+def test_shards_without_their_manifest_are_not_overwritten(tmp_path):
+  examples = make_examples()
+  write(tmp_path, examples)
+  (tmp_path / 'manifest.json').unlink()
+  before = contents(tmp_path)
+  with pytest.raises(ValueError, match=r'holds 3 shards and no manifest\.json; fix: restore it, delete the shards'):
+    write(tmp_path, examples)
+  assert contents(tmp_path) == before
 
 
 def test_one_writer_at_a_time(tmp_path):

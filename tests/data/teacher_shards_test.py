@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -54,6 +55,17 @@ def test_the_manifest_tells_files_sizes_and_hashes(tmp_path):
     raw = (tmp_path / shard['file']).read_bytes()
     assert (len(raw), hashlib.sha256(raw).hexdigest()) == (shard['size'], shard['sha256'])
     assert shard['entries'][1] == ['é1', 'key1', 3]
+
+
+def test_names_follow_contents_to_the_disk(tmp_path, monkeypatch):
+  """What is renamed before it is on disk may be empty after a power cut."""
+  events, replace, synchronise = [], os.replace, teacher_shards._synchronise
+  monkeypatch.setattr(os, 'replace', lambda old, new: (events.append((old.name, new.name)), replace(old, new)))
+  monkeypatch.setattr(teacher_shards, '_synchronise', lambda path: (events.append(path.name), synchronise(path)))
+  write(tmp_path, shards=1)
+  assert events == [
+      event for name in ('shard-00000.array_record', 'manifest.json')
+      for event in (f'{name}.partial', (f'{name}.partial', name), tmp_path.name)]
 
 
 def test_a_freed_name_is_taken_again(tmp_path):

@@ -62,6 +62,7 @@ def test_bytes_a_token():
   sizes = {k: Codec(WIDE, k).bytes_per_token for k in (16, 32, 64, 128)}
   assert sizes == {16: 63, 32: 109, 64: 198, 128: 367}
   assert Codec(2**18, 64).bytes_per_token == 204
+  assert Codec(8, 1).bytes_per_token == 12 + 3 + 1  # eight places for one bit
   fewest = (special.gammaln(WIDE + 1) - special.gammaln(65) - special.gammaln(WIDE - 63)) / np.log(2) / 8
   assert fewest < sizes[64] - 12 - 80 < 1.06 * fewest
 
@@ -94,7 +95,8 @@ def test_no_tokens():
 
 
 def test_equal_probabilities():
-  tokens = Codec(8, 4).decode(Codec(8, 4).encode([[0, 1, 2, 3]], np.log(np.full((1, 4), 0.125))))
+  with np.errstate(all='raise'):
+    tokens = Codec(8, 4).decode(Codec(8, 4).encode([[0, 1, 2, 3]], np.log(np.full((1, 4), 0.125))))
   np.testing.assert_allclose(tokens.logprobs, np.log(0.125), rtol=1e-6)
   np.testing.assert_allclose(tokens.tail, 0.5, rtol=1e-6)
 
@@ -142,8 +144,9 @@ def test_rows_that_are_not_of_this_codec_are_refused():
   one_more, one_less = Codec(8, 2).encode([[0, 1]] * 2, np.log([[0.5, 0.2]] * 2))
   assert one_more[-2] == one_less[-2] == 0b10100000
   one_more[-2], one_less[-2] = 0b10110000, 0b00100000  # as many in all, but not in each
-  with pytest.raises(ValueError, match='rows without 2 ids each'):
-    Codec(8, 2).decode(np.stack([one_more, one_less]))
+  for pair in ([one_more, one_less], [one_less, one_more]):
+    with pytest.raises(ValueError, match='rows without 2 ids each'):
+      Codec(8, 2).decode(np.stack(pair))
 
 
 def dense_kl(logits, tokens, temperature=1.0):
