@@ -28,7 +28,7 @@ import numpy as np
 
 from srm_jax import types
 from srm_jax.data import packing, records, teacher_shards, top_k_codec
-from srm_jax.data.teacher_shards import Entry, Manifest, Shard, ShardReader
+from srm_jax.data.teacher_shards import Entry, Manifest, ShardReader
 from srm_jax.data.top_k_codec import TeacherTokens
 
 _LOG = logging.getLogger(__name__)
