@@ -7,7 +7,7 @@ No divergence carries the factor T^2 that keeps gradients of equal size over tem
 caller whose config asks for it multiplies the reduced loss by `temperature**2`, so that no loss is rescaled in silence.
 
 temperature, beta, alpha, tau and their like are numbers, or traced scalars where a schedule changes them from step to
-step: a number out of range raises, a traced one is not looked at.
+step: a number out of range raises, a traced one is clipped (a traced temperature is taken as it is).
 
 `axis_name` names the mesh axis that splits V inside `shard_map`; only per-token scalars cross it. Gradients are right
 outside and, with shard_map's default `check_vma=True`, inside; with `check_vma=False` JAX transposes a psum to a psum,
@@ -95,7 +95,7 @@ def jensen_shannon(student_logits, teacher_logits, *, beta=0.5, temperature=1.0,
 
   Reference: Agarwal et al., On-Policy Distillation of Language Models, arXiv 2306.13649.
   """
-  divergences.assert_in_unit_interval('jensen_shannon', 'beta', beta)
+  beta = divergences.unit_interval('jensen_shannon', 'beta', beta)
   log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, axis_name)
   return divergences.jensen_shannon(log_p, log_q, beta=beta, axis_name=axis_name)
 
@@ -124,7 +124,7 @@ def scaled_jensen_shannon(student_logits, teacher_logits, *, beta=0.5, temperatu
 
   Reference: Agarwal et al., On-Policy Distillation of Language Models, arXiv 2306.13649, for D_b and its limits.
   """
-  divergences.assert_in_unit_interval('scaled_jensen_shannon', 'beta', beta)
+  beta = divergences.unit_interval('scaled_jensen_shannon', 'beta', beta)
   log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, axis_name)
   return divergences.scaled_jensen_shannon(log_p, log_q, beta=beta, axis_name=axis_name)
 
@@ -150,7 +150,7 @@ def symmetric_kl(student_logits, teacher_logits, *, reverse_share=0.5, temperatu
 
   Reference: Jeffreys, An Invariant Form for the Prior Probability in Estimation Problems, 1946.
   """
-  divergences.assert_in_unit_interval('symmetric_kl', 'reverse_share', reverse_share)
+  reverse_share = divergences.unit_interval('symmetric_kl', 'reverse_share', reverse_share)
   log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, axis_name)
   forward = divergences.kl(log_p, log_q, axis_name=axis_name)
   return (1 - reverse_share) * forward + reverse_share * divergences.kl(log_q, log_p, axis_name=axis_name)
@@ -180,7 +180,7 @@ def taid(student_logits, teacher_logits, *, tau=0.4, temperature=1.0, axis_name=
   Reference: Shing et al., TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge Transfer in
   Language Models, arXiv 2501.16937.
   """
-  divergences.assert_in_unit_interval('taid', 'tau', tau)
+  tau = divergences.unit_interval('taid', 'tau', tau)
   log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, axis_name)
   # Log-probabilities differ from logits by a number per token, which the softmax does not see.
   target = (1 - tau) * jax.lax.stop_gradient(log_q) + tau * log_p
@@ -209,7 +209,7 @@ def skew_kl(student_logits, teacher_logits, *, alpha=0.1, temperature=1.0, axis_
 
   Reference: Ko, Kim, Chen, Yun, DistiLLM: Towards Streamlined Distillation for Large Language Models, arXiv 2402.03898.
   """
-  divergences.assert_in_unit_interval('skew_kl', 'alpha', alpha)
+  alpha = divergences.unit_interval('skew_kl', 'alpha', alpha)
   log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, axis_name)
   return divergences.kl(log_p, divergences.log_mixture(log_p, log_q, alpha), axis_name=axis_name)
 
@@ -235,7 +235,7 @@ def skew_reverse_kl(student_logits, teacher_logits, *, alpha=0.1, temperature=1.
 
   Reference: Ko, Kim, Chen, Yun, DistiLLM: Towards Streamlined Distillation for Large Language Models, arXiv 2402.03898.
   """
-  divergences.assert_in_unit_interval('skew_reverse_kl', 'alpha', alpha)
+  alpha = divergences.unit_interval('skew_reverse_kl', 'alpha', alpha)
   log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, axis_name)
   return divergences.kl(log_q, divergences.log_mixture(log_q, log_p, alpha), axis_name=axis_name)
 
@@ -286,7 +286,7 @@ def adaptive_kl(student_logits, teacher_logits, *, mu=0.5, temperature=1.0, axis
 
   Reference: Wu et al., Rethinking Kullback-Leibler Divergence in Knowledge Distillation for LLMs, arXiv 2404.02657.
   """
-  divergences.assert_in_unit_interval('adaptive_kl', 'mu', mu)
+  mu = divergences.unit_interval('adaptive_kl', 'mu', mu)
   if axis_name is not None:
     raise ValueError(
         f'adaptive_kl sorts the whole vocabulary and cannot run with it split over mesh axis {axis_name!r}; '

@@ -1,11 +1,11 @@
-"""Divergences between two discrete distributions given by their log-probabilities: what `distillation` and `top_k` share.
+"""Divergences between two distributions given by their log-probabilities: what `distillation` and `top_k` share.
 
 Log-probabilities are float32 [..., V], finite, and normalised over V; a probability of 0 is a log-probability of -1e30
 or so, never -inf, whose differences are NaN. V may be split over the mesh axis `axis_name`.
 
-Weights may be Python numbers or traced scalars, so that a schedule can change them from step to step. A number is
-checked and takes the formula of its end point; what is traced can not be looked at, is selected by `where`, and its
-caller answers for its range.
+Weights and temperatures may be numbers or traced scalars, so that a schedule can change them from step to step. A
+number is checked, and takes the formula of its end point; what is traced cannot be looked at: it is clipped, and takes
+its end point by `where`.
 """
 
 import jax
@@ -35,24 +35,19 @@ def log_mixture(log_a, log_b, weight):
 def jensen_shannon(log_p, log_q, *, beta, axis_name=None):
   """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, with end points: [..., V] each -> [...].
 
-  At beta 0, or below where it is traced, KL(p || q); at 1, or above, KL(q || p).
+  KL(p || q) at beta 0, KL(q || p) at 1, where the formula itself is 0.
   """
   value = concrete(beta)
   if value == 0:
     return kl(log_p, log_q, axis_name=axis_name)
   if value == 1:
     return kl(log_q, log_p, axis_name=axis_name)
-  if value is not None:
-    return _inner_jensen_shannon(log_p, log_q, beta, axis_name)
-  # At the end points the mixture's logarithm is -inf, and a gradient that `where` drops would still be NaN.
-  inner = _inner_jensen_shannon(log_p, log_q, jnp.where((beta > 0) & (beta < 1), beta, 0.5), axis_name)
-  upper = jnp.where(beta >= 1, kl(log_q, log_p, axis_name=axis_name), inner)
-  return jnp.where(beta <= 0, kl(log_p, log_q, axis_name=axis_name), upper)
-
-
-def _inner_jensen_shannon(log_p, log_q, beta, axis_name):
   log_m = log_mixture(log_p, log_q, beta)
-  return beta * kl(log_p, log_m, axis_name=axis_name) + (1 - beta) * kl(log_q, log_m, axis_name=axis_name)
+  inner = beta * kl(log_p, log_m, axis_name=axis_name) + (1 - beta) * kl(log_q, log_m, axis_name=axis_name)
+  if value is not None:
+    return inner
+  upper = jnp.where(beta == 1, kl(log_q, log_p, axis_name=axis_name), inner)
+  return jnp.where(beta == 0, kl(log_p, log_q, axis_name=axis_name), upper)
 
 
 def scaled_jensen_shannon(log_p, log_q, *, beta, axis_name=None):
@@ -87,10 +82,14 @@ def concrete(value):
   return None if isinstance(value, jax.core.Tracer) else float(value)
 
 
-def assert_in_unit_interval(divergence, option, value):
+def unit_interval(divergence, option, value):
+  """The value: a number in [0, 1] as it is, or raises; clipped to [0, 1] where it is traced."""
   number = concrete(value)
-  if number is not None and not 0 <= number <= 1:
+  if number is None:
+    return jnp.clip(value, 0.0, 1.0)  # A schedule that ends at 1 may round past it, into log(0 - rounding) = NaN.
+  if not 0 <= number <= 1:
     raise ValueError(f'{option} {number} of {divergence} is outside [0, 1]')
+  return value
 
 
 def assert_positive_temperature(temperature):

@@ -42,7 +42,7 @@ def reverse_kl(teacher_logprobs, student_logprobs, mask, *, discount=0.0):
   Reference: Lu et al., On-Policy Distillation, 2025, thinkingmachines.ai/blog/on-policy-distillation; with discount 1
   the policy gradient of Gu et al., MiniLLM, arXiv 2306.08543.
   """
-  divergences.assert_in_unit_interval('reverse_kl', 'discount', discount)
+  discount = divergences.unit_interval('reverse_kl', 'discount', discount)
   rewards = _log_ratio(teacher_logprobs, student_logprobs, mask)
   returns, _ = advantages.gae(rewards, jnp.zeros_like(rewards), mask, discount=discount, trace_decay=1.0)
   return returns
@@ -78,14 +78,13 @@ def minillm(teacher_logprobs, student_logprobs, mask, *, discount=1.0, offset=1)
   """
   if offset not in (0, 1):
     raise ValueError(f'offset {offset} of minillm must be 1 (the rewards after the token) or 0 (its own as well)')
-  divergences.assert_in_unit_interval('minillm', 'discount', discount)
+  discount = divergences.unit_interval('minillm', 'discount', discount)
   own = _log_ratio(teacher_logprobs, student_logprobs, mask)
   returns = reverse_kl(teacher_logprobs, student_logprobs, mask, discount=discount)
   count = jnp.cumsum((mask > 0)[:, ::-1], axis=-1)[:, ::-1]
   if offset == 1:
     returns, count = returns - own, count - 1
-  # Without a token to come the numerator is rounding, and outside the mask it belongs to other tokens.
-  return jnp.where((mask > 0) & (count > 0), returns / jnp.maximum(count, 1), 0.0)
+  return jnp.where(mask > 0, returns / jnp.maximum(count, 1), 0.0)
 
 
 def mixture(teacher_logprobs, student_logprobs, *, teacher_share):
@@ -111,7 +110,7 @@ def mixture(teacher_logprobs, student_logprobs, *, teacher_share):
 
   Reference: Gu, Dong, Wei, Huang, MiniLLM: Knowledge Distillation of Large Language Models, arXiv 2306.08543.
   """
-  divergences.assert_in_unit_interval('mixture', 'teacher_share', teacher_share)
+  teacher_share = divergences.unit_interval('mixture', 'teacher_share', teacher_share)
   chex.assert_rank([teacher_logprobs, student_logprobs], 2)
   chex.assert_equal_shape([teacher_logprobs, student_logprobs])
   log_p, log_q = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (teacher_logprobs, student_logprobs))
@@ -119,12 +118,12 @@ def mixture(teacher_logprobs, student_logprobs, *, teacher_share):
 
 
 def _log_ratio(teacher_logprobs, student_logprobs, mask):
-  """Constant float32 [B, T] log p - log q, 0 outside the mask."""
+  """Constant float32 [B, T] log p - log q, anything outside the mask."""
   arrays = [teacher_logprobs, student_logprobs, mask]
   chex.assert_rank(arrays, 2)
   chex.assert_equal_shape(arrays)
   log_p, log_q = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in arrays[:2])
-  return jnp.where(mask > 0, log_p - log_q, 0.0)
+  return log_p - log_q
 
 
 TEACHER_ADVANTAGES = {'reverse_kl': reverse_kl, 'minillm': minillm}

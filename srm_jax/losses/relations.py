@@ -105,7 +105,7 @@ def _divergence(pairs, segment_ids, block):
 
   pairs: of ((queries, keys) of the student, (queries, keys) of the teacher), each [B, T, heads, width].
   """
-  # Padding may hold anything, and a masked score of NaN would still have a gradient of NaN.
+  # Padding may hold anything, and a masked score of NaN still has a gradient of NaN. As zeros it is alike in both.
   clean = lambda x: jnp.where((segment_ids > 0)[..., None, None], x, jnp.zeros((), x.dtype))
   pairs = [(jax.tree.map(clean, s), jax.tree.map(lambda x: jax.lax.stop_gradient(clean(x)), t)) for s, t in pairs]
   length = segment_ids.shape[1]
@@ -121,8 +121,7 @@ def _divergence(pairs, segment_ids, block):
     return sum(_relation_kl(q, k, visible) for q, k in zip(block_queries, keys))
 
   values = jax.lax.map(step, (starts, queries))  # [blocks, B, block]
-  values = jnp.moveaxis(values, 0, 1).reshape(segment_ids.shape[0], -1)[:, :length]
-  return jnp.where(segment_ids > 0, values, 0.0)
+  return jnp.moveaxis(values, 0, 1).reshape(segment_ids.shape[0], -1)[:, :length]
 
 
 def _relation_kl(queries, keys, visible):

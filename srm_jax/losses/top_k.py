@@ -1,4 +1,4 @@
-"""Divergences to a teacher of whom only the k likeliest tokens are known: cached on disk, served, or cut to save memory.
+"""Divergences to a teacher of whom only the k likeliest tokens are known: cached, served, or cut to save memory.
 
 The student's logits [..., V] stay whole; the teacher is a `TopK`, or any record with its fields, of k ids and
 log-probabilities a token. p is the teacher, q the student, M the mass of p outside the k. A policy says what becomes
@@ -155,7 +155,7 @@ def jensen_shannon(
 
   Reference: Agarwal et al., On-Policy Distillation of Language Models, arXiv 2306.13649.
   """
-  divergences.assert_in_unit_interval('jensen_shannon', 'beta', beta)
+  beta = divergences.unit_interval('jensen_shannon', 'beta', beta)
   if divergences.concrete(beta) == 1:
     _refuse_zero('jensen_shannon with beta 1', student_logits, teacher, policy, axis_name)
   log_q, log_p = _log_probs(student_logits, teacher, policy, temperature, teacher_temperature, axis_name)
@@ -187,7 +187,7 @@ def skew_kl(
 
   Reference: Ko, Kim, Chen, Yun, DistiLLM: Towards Streamlined Distillation for Large Language Models, arXiv 2402.03898.
   """
-  divergences.assert_in_unit_interval('skew_kl', 'alpha', alpha)
+  alpha = divergences.unit_interval('skew_kl', 'alpha', alpha)
   log_q, log_p = _log_probs(student_logits, teacher, policy, temperature, teacher_temperature, axis_name)
   return divergences.kl(log_p, divergences.log_mixture(log_p, log_q, alpha))
 
@@ -217,7 +217,7 @@ def skew_reverse_kl(
 
   Reference: Ko, Kim, Chen, Yun, DistiLLM: Towards Streamlined Distillation for Large Language Models, arXiv 2402.03898.
   """
-  divergences.assert_in_unit_interval('skew_reverse_kl', 'alpha', alpha)
+  alpha = divergences.unit_interval('skew_reverse_kl', 'alpha', alpha)
   if divergences.concrete(alpha) == 0:
     _refuse_zero('skew_reverse_kl with alpha 0', student_logits, teacher, policy, axis_name)
   log_q, log_p = _log_probs(student_logits, teacher, policy, temperature, teacher_temperature, axis_name)
@@ -305,7 +305,7 @@ def _student(logits, teacher, axis_name):
   # Summed over the others: 1 minus the sum over the k would be rounding where the student is sure.
   tail = jnp.log(jnp.maximum(elsewhere, jnp.finfo(jnp.float32).tiny)) - jnp.log(total)
   log_q = jnp.where(listed, _normalized(values, total, largest), _ABSENT)
-  return _append(log_q, jnp.where(is_whole, _ABSENT, tail)), listed, is_whole
+  return _append(log_q, tail), listed, is_whole
 
 
 def _masses(logits, ids, axis_name):

@@ -131,7 +131,7 @@ def test_padding_may_hold_anything(name):
 
 
 def test_minilm_compares_the_attention_of_the_models():
-  """Values of zero resemble each other alike in both models, which leaves the attention that the model itself reports."""
+  """Values of zero resemble each other alike in both, which leaves the attention that the model itself reports."""
   student, teacher = (
       attention_weights(m.q, jnp.swapaxes(m.k, 1, 2), Visibility(SEGMENTS, SEGMENTS, 0)) for m in (STUDENT, TEACHER)
   )

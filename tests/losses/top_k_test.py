@@ -292,7 +292,9 @@ def test_infinite_divergences_are_refused(name, options):
     TOP_K[name](student, top_k.truncate(teacher, k=7), policy='zero', **options)
 
 
-@pytest.mark.parametrize('name, option', [('jensen_shannon', 'beta'), ('skew_kl', 'alpha'), ('skew_reverse_kl', 'alpha')])
+@pytest.mark.parametrize(
+    'name, option', [('jensen_shannon', 'beta'), ('skew_kl', 'alpha'), ('skew_reverse_kl', 'alpha')]
+)
 def test_options_outside_the_unit_interval_raise(name, option):
   student, teacher = random_logits()
   with pytest.raises(ValueError, match=f'{option} 1.5 of {name}'):
