@@ -60,8 +60,7 @@ def chunk_logprobs(logprobs, groups, *, num_groups):
   ids = _dropping(groups, num_groups)
   first = first_positions(groups, num_groups=num_groups)
   is_first = jnp.arange(groups.shape[1])[None] == jnp.take_along_axis(first, jnp.clip(groups, 0), axis=1)
-  # Selected before summed: padding may hold anything.
-  logprobs = jnp.where(groups >= 0, logprobs.astype(jnp.float32), 0.0)
+  logprobs = logprobs.astype(jnp.float32)
   total = jax.vmap(lambda values, ids: jnp.zeros(num_groups, jnp.float32).at[ids].add(values, mode='drop'))
   return ChunkLogprobs(total(logprobs, ids), total(jnp.where(is_first, 0.0, logprobs), ids))
 

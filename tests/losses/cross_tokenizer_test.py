@@ -310,6 +310,8 @@ def test_groups_that_do_not_exist_add_nothing():
     assert not any(np.any(x) for x in total(logits[0], nothing, exact).values())
     gradient = jax.jit(jax.grad(lambda x: sum(v.sum() for v in total(x, nothing, exact).values())))(logits[0])
     np.testing.assert_array_equal(gradient, jnp.zeros_like(gradient))
+  constant = jax.jit(jax.grad(lambda x: total(x, ones, nothing)['slope'].sum()))(logits[0])
+  np.testing.assert_array_equal(constant, jnp.zeros_like(constant))
   found, half = total(logits[0], ones, nothing), jnp.array([1.0, 0.0, 1.0, 1.0])
   assert not np.any(found['shared']) and np.all(found['uld'] > 0) and np.all(found['slope'] != 0)
   mixed = total(logits[0], ones, half)
@@ -317,20 +319,27 @@ def test_groups_that_do_not_exist_add_nothing():
   np.testing.assert_array_equal(mixed['shared'] > 0, half > 0)
 
 
-def sorts(jaxpr, *, inside_conditions):
-  """Sorts in a jaxpr and in what it calls, with or without the branches of conditions."""
-  found = 0
-  for equation in jaxpr.eqns:
-    found += equation.primitive.name == 'sort'
-    if equation.primitive.name != 'cond' or inside_conditions:
-      is_jaxpr = lambda x: hasattr(x, 'jaxpr') or hasattr(x, 'eqns')
-      inner = filter(is_jaxpr, jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr))
-      found += sum(sorts(getattr(x, 'jaxpr', x), inside_conditions=inside_conditions) for x in inner)
-  return found
+def test_only_chunks_with_inexact_groups_are_sorted(monkeypatch):
+  calls, original = [], cross_tokenizer._uld_and_slope
+
+  def counted(*args, **options):
+    jax.debug.callback(lambda: calls.append(1))
+    return original(*args, **options)
+
+  monkeypatch.setattr(cross_tokenizer, '_uld_and_slope', counted)
+  for valid, exact, expected in (([1, 1], [1, 1], 0), ([1, 0], [1, 0], 0), ([1, 1], [1, 0], 1)):
+    targets = cross_tokenizer.GroupTargets(jnp.array(valid), jnp.array(exact), jnp.zeros(2), jnp.zeros(2))
+    cross_tokenizer.hybrid(normal(2, V), normal(2, TEACHER_V), targets, **IDS)
+    jax.effects_barrier()
+    assert len(calls) == expected
 
 
-def test_only_chunks_with_inexact_groups_are_sorted():
-  targets = lambda exact: cross_tokenizer.GroupTargets(jnp.ones(2), exact, jnp.zeros(2), jnp.zeros(2))
-  hybrid = lambda student, teacher, exact: cross_tokenizer.hybrid(student, teacher, targets(exact), **IDS)
-  jaxpr = jax.make_jaxpr(hybrid)(normal(2, V), normal(2, TEACHER_V), jnp.ones(2)).jaxpr
-  assert sorts(jaxpr, inside_conditions=True) == 2 and sorts(jaxpr, inside_conditions=False) == 0
+def test_hybrid_passes_its_options_on():
+  student, teacher, later = normal(2, V), normal(2, TEACHER_V, seed=1), -jnp.array([[0.0, 0.5], [0.0, 1.5]])
+  options = dict(divergence=distillation.reverse_kl, temperature=2.0, **IDS)
+  targets = cross_tokenizer.GroupTargets(jnp.ones(2), jnp.array([1, 0]), *later)
+  found = cross_tokenizer.hybrid(student, teacher, targets, **options)
+  shared = cross_tokenizer.shared_divergence(student, teacher, **options)
+  distance = cross_tokenizer.uld(student, teacher, student_later=later[0], teacher_later=later[1], temperature=2.0)
+  np.testing.assert_allclose(found['shared'], jnp.array([shared[0], 0.0]), rtol=1e-5)
+  np.testing.assert_allclose(found['uld'], jnp.array([0.0, distance[1]]), rtol=1e-5)
