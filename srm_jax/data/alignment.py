@@ -135,16 +135,15 @@ def planner(aligned: Sequence[Aligned], *, student_length, teacher_length, max_g
   Raises:
     ValueError: no example, or one that does not fit; it is named.
   """
-  ids = [item.student.id for item in aligned]
-  limits = [
-      (np.array([len(item.student.tokens) for item in aligned], np.int64), student_length),
-      (np.array([len(item.teacher.tokens) for item in aligned], np.int64), teacher_length),
-      (np.array([len(item.exact) for item in aligned], np.int64), max_groups or min(student_length, teacher_length)),
-  ]
-  for sizes, limit in limits:
-    packing.require_fit(sizes, limit, ids=ids)
+  limits = {
+      'student_length': ([len(item.student.tokens) for item in aligned], student_length),
+      'teacher_length': ([len(item.teacher.tokens) for item in aligned], teacher_length),
+      'max_groups': ([len(item.exact) for item in aligned], max_groups or min(student_length, teacher_length)),
+  }
+  for name, (sizes, limit) in limits.items():
+    _require_fit(aligned, np.array(sizes), limit, name)
   # Rounded up, each size is a share of the student's row: shares that fit there fit all three.
-  shares = np.max([-(-sizes * student_length // limit) for sizes, limit in limits], axis=0)
+  shares = np.max([-(-np.array(sizes) * student_length // limit) for sizes, limit in limits.values()], axis=0)
 
   def plan_aligned(lengths, capacity, *, seed):
     if len(lengths) != len(shares) or capacity != student_length:
@@ -208,6 +207,16 @@ def coverage(aligned: Sequence[Aligned]) -> dict[str, float]:
       'student_tokens': share([i.student for i in aligned], [i.student_groups for i in aligned]),
       'teacher_tokens': share([i.teacher for i in aligned], [i.teacher_groups for i in aligned]),
   }
+
+
+def _require_fit(aligned, sizes, limit, name):
+  if not sizes.size:
+    raise ValueError('the data set is empty; check its path and its filters')
+  if sizes.max() > limit:
+    raise ValueError(
+        f"example id='{aligned[sizes.argmax()].student.id}' takes {sizes.max()} of {name} {limit}; fix: raise it, or "
+        f'drop the {np.count_nonzero(sizes > limit)} examples that take more'
+    )
 
 
 def _common_ends(first: bytes, second: bytes):

@@ -318,14 +318,16 @@ def test_a_plan_never_fills_a_row_beyond_any_of_its_limits():
     assert (filled <= limits).all() and (filled / limits).max(axis=1).mean() > 0.8
 
 
-@pytest.mark.parametrize('options', [
-    {'student_length': 20, 'teacher_length': 200}, {'student_length': 200, 'teacher_length': 20},
-    {'student_length': 200, 'teacher_length': 200, 'max_groups': 8},
-])  # fmt: skip
-def test_an_example_that_does_not_fit_is_named(options, loaded):
-  aligned = [pair(loaded, 'a', id='short'), pair(loaded, TEXTS[0], id='too much')]
-  with pytest.raises(ValueError, match="id='too much' has"):
-    alignment.planner(aligned, **options)
+@pytest.mark.parametrize('name', ['student_length', 'teacher_length', 'max_groups'])
+def test_an_example_that_does_not_fit_is_named(name, loaded):
+  aligned = [pair(loaded, 'a', id='short'), pair(loaded, TEXTS[0], id='much')]
+  sizes = [len(aligned[1].student.tokens), len(aligned[1].teacher.tokens), len(aligned[1].exact)]
+  limits = dict(zip(('student_length', 'teacher_length', 'max_groups'), sizes))
+  alignment.planner(aligned, **limits)
+  with pytest.raises(ValueError, match=rf"id='much' takes {limits[name]} of {name} {limits[name] - 1}; fix: .*the 1 ex"):
+    alignment.planner(aligned, **{**limits, name: limits[name] - 1})
+  with pytest.raises(ValueError, match='data set is empty'):
+    alignment.planner([], **limits)
 
 
 def test_layout_errors(loaded):
