@@ -5,6 +5,7 @@ import setuptools
 # Lower bounds are the oldest versions that the tests have passed with; constraints.txt pins what they pass with today.
 REQUIREMENTS = [
   'absl-py>=2.5',
+  'array-record>=0.8.6',
   'chex>=0.1.92',
   'etils[epath]>=1.15.0',
   'flax>=0.12.8',

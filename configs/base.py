@@ -89,13 +89,37 @@ def rollouts(*, prompts=32, samples=8, length=192, max_new_tokens=128, temperatu
   ))
 
 
+def term(kind, weight=1.0, *, rows='all', **options):
+  """One term of a loss; weights and options that are numbers may be schedules (srm_jax.recipes.schedules)."""
+  return dict(kind=kind, weight=weight, rows=rows, options=options)
+
+
+def divergence(name='forward_kl', weight=1.0, *, temperature=1.0, scaled=False, rows='all', **options):
+  return term(
+      'divergence', weight, rows=rows, name=name, options=options, temperature=temperature,
+      scale_by_squared_temperature=scaled,
+  )
+
+
+def hidden(feature='cosine', weight=1.0, *, layers='skip', projector='learned'):
+  return term('hidden', weight, feature=feature, layers=layers, projector=projector)
+
+
+def loss(**terms):
+  """A weighted sum of terms, by name; cross-entropy is measured in any case."""
+  return ConfigDict(dict(terms={'cross_entropy': term('cross_entropy', 0.0), **terms}, head_chunk=None))
+
+
 def distillation(
-    divergence='forward_kl', *, weight=1.0, cross_entropy=0.0, hidden=0.0, feature='cosine', layers='skip', **options,
+    name='forward_kl', *, weight=1.0, cross_entropy=0.0, hidden_weight=0.0, feature='cosine', layers='skip', **options,
 ):
-  return ConfigDict(dict(
-      cross_entropy=cross_entropy, weight=weight, divergence=divergence, options=options, temperature=1.0,
-      scale_by_squared_temperature=False, hidden=dict(weight=hidden, feature=feature, layers=layers), head_chunk=None,
-  ))
+  """A divergence, and where they have a weight cross-entropy and hidden states."""
+  terms = {name: divergence(name, weight, **options)} if weight else {}
+  if cross_entropy:
+    terms['cross_entropy'] = term('cross_entropy', cross_entropy)
+  if hidden_weight:
+    terms['hidden'] = hidden(feature, hidden_weight, layers=layers)
+  return loss(**terms)
 
 
 def sampling(*, samples=1, temperature=1.0, max_new_tokens=128, seed=0):
@@ -125,8 +149,16 @@ def distill(teacher, data, batch, loss):
   return ConfigDict(dict(name='distill', teacher=teacher, data=data, batch=batch, loss=loss))
 
 
-def on_policy_distill(teacher, data, rollouts, loss):
-  return ConfigDict(dict(name='on_policy_distill', teacher=teacher, data=data, rollouts=rollouts, loss=loss))
+def mixing(data, batch, *, mix='alternate', fraction=0.5):
+  """Rows of a data set among those that the student samples."""
+  return ConfigDict(dict(mix=mix, fraction=fraction, data=data, batch=batch))
+
+
+def on_policy_distill(teacher, data, rollouts, loss, *, mixing=None):
+  return ConfigDict(dict(
+      name='on_policy_distill', teacher=teacher, data=data, rollouts=rollouts, loss=loss, mixing=mixing,
+      advantage=dict(name='group_relative', options=dict(ddof=1, eps=1e-6)),
+  ))
 
 
 def grpo(data, rollouts, *, kl=0.0, reference='', clip_high=0.2):

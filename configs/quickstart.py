@@ -66,7 +66,7 @@ def get_config(arg: str = ''):
       sft_gold=base.sft(same_prompts, rows),
       sft_annotations=base.sft(annotated, rows),
       logits=base.distill('{teacher}', annotated, rows, kl),
-      hidden=base.distill('{teacher}', annotated, rows, base.distillation(s.divergence, hidden=s.hidden_weight)),
+      hidden=base.distill('{teacher}', annotated, rows, base.distillation(s.divergence, hidden_weight=s.hidden_weight)),
       on_policy=base.on_policy_distill('{teacher}', same_prompts, sampled, base.distillation(s.on_policy_divergence)),
   )
   greedy = dict(greedy=base.strategy())

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
 from srm_jax.data import packing
 from srm_jax.data.prompting import Prompting
 from srm_jax.rewards import Graded, grade, reward_arrays
-from srm_jax.types import Generate, Problem, Rollouts, SamplingParams
+from srm_jax.types import Batch, Generate, Problem, Rollouts, SamplingParams
 
 
 def rollout(
@@ -48,6 +49,36 @@ def to_rollouts(
       rewards=rewards.reshape(-1), valid=valid.reshape(-1),
       group=np.repeat(np.arange(len(groups), dtype=np.int32), len(groups[0])),
   )
+
+
+def from_data(batch: Batch) -> Rollouts:
+  """Rows of a data set as Rollouts that nobody sampled: no rewards, `sampled` 0."""
+  zeros, rows = np.zeros(batch.inputs.shape, np.float32), len(batch.inputs)
+  none = np.zeros(rows, np.float32)
+  return Rollouts(
+      batch=batch, sampler_logprobs=zeros, advantages=zeros, rewards=none, valid=none,
+      group=np.full(rows, -1, np.int32), sampled=none,
+  )
+
+
+def beside(rollouts: Rollouts, batch: Batch) -> Rollouts:
+  """Sampled rows and, after them, rows of a data set, padded to the longer of the two.
+
+  Rows alternate as evenly as they can, so that every microbatch has some of both.
+  """
+  data = from_data(batch)
+  sampled = rollouts._replace(sampled=np.ones_like(rollouts.rewards))
+  if sampled.advantages is None:
+    sampled = sampled._replace(advantages=np.zeros_like(sampled.sampler_logprobs))
+  length = max(part.batch.inputs.shape[1] for part in (sampled, data))
+  places = np.concatenate([(np.arange(len(part.rewards)) + 0.5) / len(part.rewards) for part in (sampled, data)])
+  order = np.argsort(places, kind='stable')
+
+  def join(first, second):
+    parts = [np.pad(x, ((0, 0), (0, length - x.shape[1]))) if x.ndim == 2 else x for x in (first, second)]
+    return np.concatenate(parts)[order]
+
+  return jax.tree.map(join, sampled, data)
 
 
 def subsample(problems: Sequence[Problem], count: int, *, seed: int, step: int) -> list[Problem]:

@@ -252,7 +252,14 @@ def step_flops(setup_model: TransformerConfig, recipe: Recipe, batch) -> float:
   student = forward_flops if adapted.BASE in recipe.frozen else train_flops
   flops = student(setup_model, tokens, context)
   flops += sum(forward_flops(config, tokens, context) for config, _ in recipe.frozen.values())
-  return flops + (forward_flops(setup_model, tokens, context) if isinstance(batch, Rollouts) else 0.0)
+  return flops + sampled_share(batch) * forward_flops(setup_model, tokens, context)
+
+
+def sampled_share(batch) -> float:
+  """Of the rows of a Batch or Rollouts, those that the student sampled."""
+  if not isinstance(batch, Rollouts):
+    return 0.0
+  return 1.0 if batch.sampled is None else float(np.mean(batch.sampled))
 
 
 def describe(batch) -> str:
@@ -343,7 +350,7 @@ def _check_finite(setup: _Setup, workdir, saved, state, pending, flops):
   saved.save(state, _meta(setup, flops))
   saved.manager.wait_until_finished()
   key = jax.random.fold_in(jax.random.key(setup.config.seed), step)
-  grads = value_and_grad(setup.recipe.objective, state.params, batch, setup.frozen, key)[1]
+  grads = value_and_grad(setup.recipe.objective, state.params, batch, setup.frozen, key, step=step)[1]
   params = state.params
   if setup.config.adapters.rank:
     params = adapted.joined(setup.context.model, setup.config.adapters, params, setup.frozen[adapted.BASE])

@@ -48,7 +48,7 @@ def combine(left, right):
   return jax.tree.map(one, left, right, is_leaf=lambda x: isinstance(x, (Mean, Max)))
 
 
-def value_and_grad(objective: Objective, params, batch, frozen, rng, *, microbatches: int = 1):
+def value_and_grad(objective: Objective, params, batch, frozen, rng, *, step=0, microbatches: int = 1):
   """Loss, gradient and metrics of one global batch.
 
   Args:
@@ -57,11 +57,16 @@ def value_and_grad(objective: Objective, params, batch, frozen, rng, *, microbat
     batch: Batch, Rollouts or Pairs; leaves [B, ...].
     frozen: {name: params} of frozen models.
     rng: key; microbatch j folds j in.
+    step: for schedules.
     microbatches: in how many parts to run.
 
   Returns:
     (float32 scalar, tree like params in float32, {name: Mean | Max}).
   """
+  if objective.indivisible and microbatches > 1:
+    raise ValueError(f'microbatches={microbatches}, but {objective.indivisible}; fix: microbatches=1')
+  if objective.prepare is not None:
+    batch = objective.prepare(batch, step)
   counts = {name: jnp.maximum(count, 1).astype(jnp.float32) for name, count in objective.denominators(batch).items()}
 
   def loss(params, part, key):
@@ -116,7 +121,9 @@ def build_train_step(
   """
 
   def step(state: TrainState, batch, frozen, rng):
-    loss, grads, metrics = value_and_grad(objective, state.params, batch, frozen, rng, microbatches=microbatches)
+    loss, grads, metrics = value_and_grad(
+        objective, state.params, batch, frozen, rng, step=state.step, microbatches=microbatches
+    )
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)

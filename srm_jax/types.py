@@ -46,7 +46,8 @@ class Rollouts(NamedTuple):
 
   batch: fields [B, T]; loss_mask is 1 on tokens that the model sampled.
   sampler_logprobs, old_logprobs, advantages, reference_logprobs: [B, T]. rewards, valid, group: [B].
-  valid is 0 where a completion cannot be scored; group numbers the prompts. Unused fields are None.
+  valid is 0 where a completion cannot be scored; group numbers the prompts. sampled: [B], 0 on rows that a data set
+  put beside what the student wrote; None where it wrote all of them. Unused fields are None.
   """
 
   batch: Batch
@@ -59,6 +60,7 @@ class Rollouts(NamedTuple):
   reference_logprobs: Array | None = None
   values: Array | None = None
   returns: Array | None = None
+  sampled: Array | None = None
 
 
 class TrainState(NamedTuple):
@@ -77,11 +79,16 @@ class Objective(NamedTuple):
   denominators(batch) -> {term: count}, from masks alone, on the global batch.
   The loss is the sum over terms of weight * total / count.
   resolved: what a run prints at its start (estimator, denominator, mask rule, temperature).
+  prepare(batch, step) -> what terms and denominators get in the batch's place, made of the global batch before it is
+  split: scheduled weights, counts of other masks. Leaves keep their rows in front. None leaves the batch as it is.
+  indivisible: why the batch cannot be split into microbatches; '' where it can.
   """
 
   terms: Callable[..., tuple[dict[str, tuple[Any, Any]], dict[str, Mean | Max]]]
   denominators: Callable[[Any], dict[str, Array]]
   resolved: Mapping[str, Any]
+  prepare: Callable[[Any, Any], Any] | None = None
+  indivisible: str = ''
 
 
 class Source(NamedTuple):

@@ -5,10 +5,7 @@ import collections
 import numpy as np
 import pytest
 
-from configs import base
-from srm_jax import schema
-from srm_jax.data import tokenizer
-from srm_jax.data.prompting import PromptConfig, open_prompting
+from srm_jax.data import prompting, tokenizer
 from srm_jax.losses.advantages import ADVANTAGES
 from srm_jax.rewards import Graded
 from srm_jax.rollout import rollout, subsample, to_rollouts
@@ -81,7 +78,7 @@ def test_rollout_keeps_the_order_of_the_problems():
         for prompt in prompts
     ]
 
-  asked = open_prompting(schema.parse(PromptConfig, base.prompt(), 'prompt'), SUMS, tokenizer.load('byte'))
+  asked = prompting.plain(SUMS, tokenizer.load('byte'))
   groups = rollout(generate, asked, problems, SamplingParams(samples=2))
   assert [[one.problem.id for one in group] for group in groups] == [[problem.id] * 2 for problem in problems]
   assert all(one.reward == 1.0 for group in groups for one in group)

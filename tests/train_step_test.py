@@ -23,7 +23,7 @@ TEACHER = TransformerConfig(64, 1, 32, 4, 2, 8, 32, tie_embeddings=False)
 
 
 def distillation():
-  section = base.distillation('jensen_shannon', cross_entropy=0.3, hidden=0.5, feature='fitnets', beta=0.3)
+  section = base.distillation('jensen_shannon', cross_entropy=0.3, hidden_weight=0.5, feature='fitnets', beta=0.3)
   return distill.objective(schema.parse(distill.LossConfig, section, 'loss'), STUDENT, TEACHER)
 
 
@@ -36,7 +36,7 @@ OBJECTIVES = {
     'sft': lambda: sft.objective(STUDENT, head_chunk=None), 'distill': distillation, 'policy_gradient': reinforcement,
 }
 NAMES = {
-    'model': transformer.param_names(STUDENT), 'projectors': {'0': jax.sharding.PartitionSpec()},
+    'model': transformer.param_names(STUDENT), 'projectors': {'hidden': {'0': jax.sharding.PartitionSpec()}},
 }
 TEACHER_NAMES = transformer.param_names(TEACHER)
 
@@ -52,7 +52,7 @@ def setting():
   """{objective: (params, batch, frozen)}."""
   init = jax.jit(transformer.init_params, static_argnums=0)
   student, teacher = init(STUDENT, jax.random.key(1)), init(TEACHER, jax.random.key(2))
-  projectors = {'0': heads.init_projector(jax.random.key(3), 16, 32)}
+  projectors = {'hidden': {'0': heads.init_projector(jax.random.key(3), 16, 32)}}
   params, batch, rollouts = {'model': student}, tiny.random_batch(), tiny.random_rollouts()
   return {
       'sft': (params, batch, {}),

@@ -131,6 +131,7 @@ def changed(config, **changes):
 
 
 def distillation(teacher, **options):
+  options = {'hidden_weight': 0.1, **options}
   return tiny.train(base.distill(teacher, tiny.data(), tiny.batch(), base.distillation(**options)))
 
 
@@ -180,13 +181,13 @@ WRONG_RL = {
 WRONG_TEACHER = {
     'no teacher': (dict(recipe__teacher='/nowhere'), r'/nowhere holds no model'),
     'divergence': (
-        dict(recipe__loss__divergence='forward'), r"divergence 'forward' unknown \(did you mean 'forward_kl'",
+        dict(recipe__loss__terms__forward_kl__options__name='forward'), r"divergence 'forward' unknown \(did you mean 'forward_kl'",
     ),
     'divergence option': (
-        dict(recipe__loss__options=dict(beta=0.1)), r"option of divergence 'forward_kl' 'beta' unknown",
+        dict(recipe__loss__terms__forward_kl__options__options=dict(beta=0.1)), r"option of divergence 'forward_kl' 'beta' unknown",
     ),
-    'feature': (dict(recipe__loss__hidden__feature='cosin'), r"hidden\.feature 'cosin' unknown"),
-    'layers': (dict(recipe__loss__hidden__layers='all'), r"hidden\.layers 'all' unknown"),
+    'feature': (dict(recipe__loss__terms__hidden__options__feature='cosin'), r"hidden\.options\.feature 'cosin' unknown"),
+    'layers': (dict(recipe__loss__terms__hidden__options__layers='all'), r"hidden\.options\.layers 'all' unknown"),
 }
 
 
@@ -341,7 +342,7 @@ def test_overfit_distillation(kind, teacher, tmp_path):
   folder, rows = str(teacher.workdir), (tiny.data(), tiny.batch())
   config = {
       'logits': lambda: overfit(base.distill(folder, *rows, base.distillation()), seed=2),
-      'hidden': lambda: overfit(base.distill(folder, *rows, base.distillation(weight=0.0, hidden=1.0)), seed=2),
+      'hidden': lambda: overfit(base.distill(folder, *rows, base.distillation(weight=0.0, hidden_weight=1.0)), seed=2),
       'on_policy': lambda: overfit(
           base.on_policy_distill(folder, tiny.data(), tiny.rollouts(), base.distillation()), seed=2
       ),

@@ -14,7 +14,7 @@ def get_config(arg: str = ''):
   return base.train(
       base.distill(
           'runs/teacher', base.data(records='runs/annotations/annotations.jsonl', target='completion'),
-          base.batch(4 if a.smoke else 16, 256), base.distillation(a.divergence, hidden=a.hidden),
+          base.batch(4 if a.smoke else 16, 256), base.distillation(a.divergence, hidden_weight=a.hidden),
       ),
       tokenizer='byte', model=base.model(embed_dim=64, num_layers=3, num_heads=4, mlp_dim=192),
       optimizer=base.optimizer(learning_rate=1e-3, matrix_learning_rate=0.005), num_steps=4 if a.smoke else 300,

@@ -80,8 +80,8 @@ def answer_of(text: str, *, opened: bool) -> str:
   return '' if MARKERS[0] in answer or (opened and not closed) else answer
 
 
-def _plain(config, task, tokenizer) -> Prompting:
-  del config
+def plain(task: Task, tokenizer: Tokenizer) -> Prompting:
+  """The task's own text, after what the model's own tokenizer puts before every text."""
   prefix = tuple(tokenizer.prefix_ids)
 
   def prompt(problem):
@@ -145,4 +145,4 @@ def _reasoning_task(task: Task, opened: bool) -> Task:
   )
 
 
-FORMATS = {'plain': _plain, 'chat': _chat}
+FORMATS = {'plain': lambda config, task, tokenizer: plain(task, tokenizer), 'chat': _chat}

@@ -1,54 +1,55 @@
-"""Distillation on a data set: divergence between next-token distributions, and hidden states.
+"""Distillation on a data set: a weighted sum of terms, each with its own rows, denominator and schedule.
 
-  loss = (1 / N) sum_t [ w_ce CE_t + w_kd D(p_t, q_t) ] + (w_h / (N L)) sum_t sum_l F(h_student^l W_l, h_teacher^g(l))
+  loss = sum_i w_i(step) / C_i  sum_t m_i,t D_i,t,  C_i = sum_t m_i,t over the global batch
 
-p teacher, q student, N supervised tokens of the global batch, L mapped layers, W_l trained and dropped after.
-Left out: T^2 unless `scale_by_squared_temperature`; attention relations; several teachers.
+D_i is a number of a token (cross-entropy, a divergence between next-token distributions) or of a layer (hidden states,
+relations, alignment); m_i marks the supervised tokens of the term's rows: all, those of the data, or those that the
+student sampled. All token terms share one sweep over the lm head, so a further term costs arithmetic, not memory.
+Left out: T^2 unless `scale_by_squared_temperature`.
 Reference: Hinton et al., arXiv:1503.02531; Romero et al., FitNets, arXiv:1412.6550; Sun et al., Patient KD,
-arXiv:1908.09355.
+arXiv:1908.09355; Wang et al., MiniLMv2, arXiv:2012.15828; Ko et al., DistiLLM, arXiv:2402.03898.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from srm_jax import schema, sharding
 from srm_jax.losses import cross_entropy, lm_head
-from srm_jax.losses.distillation import DIVERGENCES
-from srm_jax.losses.features import FEATURES
 from srm_jax.models import heads
+from srm_jax.models.config import TransformerConfig
+from srm_jax.recipes import schedules
 from srm_jax.recipes.context import BatchConfig, Context, DataConfig, dataset, forward, load_teacher
-from srm_jax.recipes.sft import count_tokens
-from srm_jax.types import Mean, Objective, Recipe
+from srm_jax.recipes.layer_terms import LAYER_TERMS, LayerTerm
+from srm_jax.recipes.policy_terms import POLICY_TERMS, PolicyTerm
+from srm_jax.recipes.token_terms import TOKEN_TERMS, Tokens, TokenTerm
+from srm_jax.types import Batch, Mean, Objective, Recipe, Rollouts
+
+ROWS = ('all', 'data', 'samples')
+WITHOUT_TEACHER = ('cross_entropy', 'top_k')  # kinds
 
 
 @dataclasses.dataclass(frozen=True)
-class HiddenConfig:
-  """Hidden-state matching; weight 0 switches it off.
+class TermConfig:
+  """kind: from TOKEN_TERMS, POLICY_TERMS or LAYER_TERMS. weight: a number or a schedule; at 0 the term is only measured.
 
-  layers: which teacher layer each student layer follows: 'skip' spreads evenly, 'last' aligns the tops, 'final' only
-  the last.
+  rows: whose tokens it counts: 'all', those of the 'data', or the 'samples' of the student. options: of the kind.
   """
 
-  weight: float
-  feature: str
-  layers: str
+  kind: str
+  weight: Any
+  rows: str
+  options: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-  """cross_entropy and divergence are weights; options go to the divergence (beta, alpha)."""
+  """terms: {name: TermConfig}. head_chunk: tokens per step of the lm head; 0 forms all logits at once."""
 
-  cross_entropy: float
-  weight: float
-  divergence: str
-  options: Mapping[str, Any]
-  temperature: float
-  scale_by_squared_temperature: bool
-  hidden: HiddenConfig
+  terms: Mapping[str, Any]
   head_chunk: int | None
 
 
@@ -61,108 +62,203 @@ class DistillConfig:
   loss: LossConfig
 
 
-def _skip(student: int, teacher: int):
-  return [(l, max(1, round((l + 1) * teacher / student)) - 1) for l in range(student)]
+class _Term(NamedTuple):
+  config: TermConfig
+  weight: schedules.Schedule
+  term: TokenTerm | PolicyTerm | LayerTerm
 
 
-def _last(student: int, teacher: int):
-  return [(l, teacher - student + l) for l in range(max(0, student - teacher), student)]
+class Prepared(NamedTuple):
+  """A batch with what the terms need to know of the whole of it.
+
+  weights: {term: [B, T]}, w_i(step) m_i / C_i. masks: {term: [B, T]}, m_i. numbers: {term: {option: [B, T]}}, the
+  scheduled options, alike everywhere. known: {name: [B, T, ...]} of a cached teacher. rollouts: where they come from.
+  """
+
+  batch: Batch
+  weights: Mapping[str, Any]
+  masks: Mapping[str, Any]
+  numbers: Mapping[str, Mapping[str, Any]]
+  known: Mapping[str, Any]
+  rollouts: Rollouts | None
 
 
-def _final(student: int, teacher: int):
-  return [(student - 1, teacher - 1)]
+def open_terms(loss: LossConfig, student: TransformerConfig, teacher: TransformerConfig | None) -> dict[str, _Term]:
+  """The terms of a loss, checked against the two models.
+
+  Raises:
+    ConfigError: no term, an unknown kind, name or option, or one that the models do not fit.
+  """
+  kinds, terms = {**TOKEN_TERMS, **POLICY_TERMS, **LAYER_TERMS}, {}
+  for name, section in loss.terms.items():
+    where = f'loss.terms.{name}'
+    config = schema.parse(TermConfig, section, where)
+    build = schema.choose(f'{where}.kind', config.kind, kinds)
+    schema.choose(f'{where}.rows', config.rows, dict.fromkeys(ROWS))
+    if teacher is None and config.kind not in WITHOUT_TEACHER:
+      raise schema.ConfigError(f"{where}: {config.kind!r} needs a teacher; fix: kind 'top_k' reads a cached one")
+    models = (student, teacher) if config.kind in LAYER_TERMS else ()
+    term = build(config.options, f'{where}.options', *models)
+    terms[name] = _Term(config, schedules.schedule(config.weight, f'{where}.weight'), term)
+  if not any(one.config.weight != 0 for one in terms.values()):
+    raise schema.ConfigError(f'loss.terms {sorted(terms)} have no weight; nothing would be learnt')
+  return terms
 
 
-LAYER_MAPS = {'skip': _skip, 'last': _last, 'final': _final}
-
-
-def layer_map(name: str, student: int, teacher: int) -> list[tuple[int, int]]:
-  """(student layer, teacher layer) pairs of a named map."""
-  return schema.choose('hidden.layers', name, LAYER_MAPS)(student, teacher)
-
-
-def _token_loss(loss: LossConfig):
-  divergence = schema.bind('divergence', loss.divergence, loss.options, DIVERGENCES)
-  scale = loss.temperature**2 if loss.scale_by_squared_temperature else 1.0
-
-  def fn(student_logits, teacher_logits, targets, *, axis_name):
-    gap = divergence(student_logits, teacher_logits, temperature=loss.temperature, axis_name=axis_name)
-    nll = cross_entropy.cross_entropy(student_logits, targets, axis_name=axis_name)
-    return loss.cross_entropy * nll + loss.weight * scale * gap, {'cross_entropy': nll, loss.divergence: gap}
-
-  return fn
-
-
-def _hidden_total(feature, pairs, student, teacher, projectors, mask):
-  teacher = jax.lax.stop_gradient(teacher)
-  gaps = (feature(student[s], teacher[t], projector=projectors[str(s)]) for s, t in pairs)
-  return sum(jnp.sum(jnp.where(mask > 0, gap, 0.0) * mask) for gap in gaps)
-
-
-def objective(loss: LossConfig, student, teacher) -> Objective:
-  """Divergence (and hidden-state) objective on a batch, wherever it came from.
+def objective(loss: LossConfig, student: TransformerConfig, teacher: TransformerConfig | None) -> Objective:
+  """The weighted sum of terms on a batch, wherever it came from.
 
   Args:
     loss: section `recipe.loss`.
-    student, teacher: TransformerConfigs.
+    student, teacher: configs; teacher None where only a cache of it is read.
   """
-  token_loss = _token_loss(loss)
-  feature = schema.choose('hidden.feature', loss.hidden.feature, FEATURES)
-  pairs = layer_map(loss.hidden.layers, student.num_layers, teacher.num_layers)
-  taps = ('hidden',) if loss.hidden.weight else ()
-  rows = min(student.vocab_size, teacher.vocab_size)  # what lies beyond is padding of one of the two
+  terms = open_terms(loss, student, teacher)
+  token_terms, policy_terms, layer_terms = (_of(terms, kind) for kind in (TokenTerm, PolicyTerm, LayerTerm))
+  taps = tuple(sorted({tap for one in layer_terms.values() for tap in one.term.taps}))
+  coupled = [name for name, one in layer_terms.items() if one.term.coupled]
 
-  def terms(params, batch, frozen, rng):
+  def prepare(record, step):
+    return _prepare(terms, record, step)
+
+  def run(params, prepared: Prepared, frozen, rng):
     del rng
-    batch = getattr(batch, 'batch', batch)  # rollouts carry their batch
-    ours = forward(student, params['model'], batch, taps=taps)
-    theirs = jax.lax.stop_gradient(forward(teacher, frozen['teacher'], batch, taps=taps))
-    total, aux = lm_head.reduced(
-        token_loss, lm_head.Head(ours.hidden, heads.unembedding(params['model'], rows)), batch.targets,
-        batch.loss_mask, teacher=lm_head.Head(theirs.hidden, heads.unembedding(frozen['teacher'], rows)),
-        chunk=loss.head_chunk, mesh=sharding.current_mesh(),
-    )
-    count = count_tokens(batch)
-    found, metrics = {'tokens': (1.0, total)}, {name: Mean(value, count) for name, value in aux.items()}
-    if taps:
-      gap = _hidden_total(
-          feature, pairs, ours.taps['hidden'], theirs.taps['hidden'], params['projectors'], batch.loss_mask,
-      )
-      found['hidden'] = (loss.hidden.weight, gap)
-    return found, metrics
+    ours = forward(student, params['model'], prepared.batch, taps=taps)
+    theirs = None
+    if teacher is not None:
+      theirs = jax.lax.stop_gradient(forward(teacher, frozen['teacher'], prepared.batch, taps=taps))
+    kernels = _heads(student, teacher, params, frozen)
+    found, metrics = {}, {}
+    if token_terms:
+      found['tokens'], metrics = _sweep(token_terms, prepared, ours, theirs, kernels, loss.head_chunk)
+    if policy_terms:
+      logprobs = _logprobs(prepared, ours, theirs, kernels, loss.head_chunk)
+    for name, one in policy_terms.items():
+      values = one.term.fn(logprobs['student'], logprobs['teacher'], prepared.rollouts, prepared.masks[name])
+      found[name], metrics[name] = _totals(values, name, prepared)
+    for name, one in layer_terms.items():
+      own = params.get('projectors', {}).get(name)
+      found[name], metrics[name] = _layers(one.term, name, prepared, ours.taps, theirs.taps, own)
+    return {name: (1.0, total) for name, total in found.items()}, metrics
 
-  def denominators(batch):
-    count = count_tokens(getattr(batch, 'batch', batch))
-    return {'tokens': count, 'hidden': count * len(pairs)} if taps else {'tokens': count}
+  def denominators(prepared):
+    del prepared  # the weights are over their counts already
+    return {name: jnp.ones(()) for name in (*(['tokens'] if token_terms else []), *policy_terms, *layer_terms)}
 
-  return Objective(terms, denominators, _resolved(loss, pairs))
+  indivisible = f'the terms {coupled} see the whole batch at once' if coupled else ''
+  return Objective(run, denominators, _resolved(terms), prepare, indivisible)
 
 
-def _resolved(loss: LossConfig, pairs):
-  options = ''.join(f', {key}={value}' for key, value in loss.options.items())
-  divergence = f'{loss.divergence}(T={loss.temperature:g}{options})'
-  resolved = {
-      'loss': f'{loss.cross_entropy:g} cross-entropy + {loss.weight:g} {divergence}',
-      'denominator': 'supervised tokens of the global batch', 'mask': 'completion and end-of-text',
+def _of(terms: Mapping[str, _Term], kind: type) -> dict[str, _Term]:
+  return {name: one for name, one in terms.items() if isinstance(one.term, kind)}
+
+
+def _prepare(terms: Mapping[str, _Term], record, step) -> Prepared:
+  batch: Batch = getattr(record, 'batch', record)
+  sampled = getattr(record, 'sampled', None)
+  if sampled is None:
+    sampled = jnp.full(batch.inputs.shape[:1], float(isinstance(record, Rollouts)))
+  rows = {'all': jnp.ones_like(sampled), 'data': 1 - sampled, 'samples': sampled}
+  masks = {name: batch.loss_mask * rows[one.config.rows][:, None] for name, one in terms.items()}
+  weights = {
+      name: one.weight(step) * masks[name] / jnp.maximum(jnp.sum(masks[name]), 1.0) for name, one in terms.items()
   }
-  if loss.hidden.weight:
-    resolved['hidden'] = f'{loss.hidden.weight:g} {loss.hidden.feature} over layers {pairs}'
-  return resolved
+  everywhere = lambda number: jnp.full(batch.loss_mask.shape, number, jnp.float32)
+  numbers = {
+      name: {key: everywhere(number(step)) for key, number in one.term.numbers.items()}
+      for name, one in _of(terms, TokenTerm).items()
+  }
+  rollouts = record._replace(batch=None) if isinstance(record, Rollouts) else None  # its batch is there already
+  return Prepared(batch, weights, masks, numbers, getattr(record, 'known', {}), rollouts)
 
 
-def projectors(loss: LossConfig, student, teacher):
-  """rng -> {'projectors': {student layer: [Ds, Dt]}}; None where no hidden state is matched."""
-  if not loss.hidden.weight:
+def _heads(student, teacher, params, frozen):
+  """Unembeddings of the two models over the rows that both have; what lies beyond is padding of one of the two."""
+  if teacher is None:
+    return heads.unembedding(params['model']), None
+  rows = min(student.vocab_size, teacher.vocab_size)
+  return heads.unembedding(params['model'], rows), heads.unembedding(frozen['teacher'], rows)
+
+
+def _sweep(terms: Mapping[str, _Term], prepared: Prepared, ours, theirs, kernels, chunk):
+  """(total, {term: Mean}) of all token terms."""
+  learnt = [name for name, one in terms.items() if one.config.weight != 0]
+  needs_teacher = any(one.term.teacher for one in terms.values())
+
+  def token_loss(student_logits, teacher_logits, given, *, axis_name):
+    values = {}
+    for name, one in terms.items():
+      numbers = {key: value[0] for key, value in given['numbers'][name].items()}
+      tokens = Tokens(student_logits, teacher_logits, given['targets'], numbers, given['known'], axis_name)
+      values[name] = jnp.where(given['masks'][name] > 0, one.term.fn(tokens), 0.0)
+    loss = sum(given['weights'][name] * values[name] for name in learnt)
+    return (loss if learnt else jnp.zeros_like(next(iter(values.values())))), values
+
+  given = {
+      'targets': prepared.batch.targets, 'numbers': prepared.numbers, 'known': prepared.known,
+      'weights': {name: prepared.weights[name] for name in terms},
+      'masks': {name: prepared.masks[name] for name in terms},
+  }
+  student = lm_head.Head(ours.hidden, kernels[0])
+  total, sums = lm_head.reduced(
+      token_loss, student if learnt else jax.lax.stop_gradient(student), given, prepared.batch.loss_mask,
+      teacher=lm_head.Head(theirs.hidden, kernels[1]) if needs_teacher else None, chunk=chunk,
+      mesh=sharding.current_mesh(),
+  )
+  return total, {name: Mean(value, jnp.sum(prepared.masks[name])) for name, value in sums.items()}
+
+
+def _logprobs(prepared: Prepared, ours, theirs, kernels, chunk):
+  """{'student': [B, T], 'teacher': [B, T]} log-probabilities of the targets; gradients flow to the student."""
+
+  def fn(student_logits, teacher_logits, targets, *, axis_name):
+    pairs = (('student', student_logits), ('teacher', teacher_logits))
+    return {name: cross_entropy.token_logprobs(logits, targets, axis_name=axis_name) for name, logits in pairs}
+
+  return lm_head.per_token(
+      fn, lm_head.Head(ours.hidden, kernels[0]), prepared.batch.targets,
+      teacher=lm_head.Head(theirs.hidden, kernels[1]), chunk=chunk, mesh=sharding.current_mesh(),
+  )
+
+
+def _totals(values, name: str, prepared: Prepared):
+  """(total, Mean) of values [B, T]."""
+  mask = prepared.masks[name]
+  values = jnp.where(mask > 0, values, 0.0)
+  return jnp.sum(values * prepared.weights[name]), Mean(jnp.sum(values * mask), jnp.sum(mask))
+
+
+def _layers(term: LayerTerm, name: str, prepared: Prepared, ours, theirs, projectors):
+  """(total, Mean) of one layer term."""
+  gaps = term.fn(ours, jax.lax.stop_gradient(theirs), projectors, prepared.batch, prepared.masks[name])
+  if term.coupled:
+    return gaps * jnp.sum(prepared.weights[name]), Mean(gaps, jnp.ones(()))
+  return _totals(gaps, name, prepared)
+
+
+def _resolved(terms: Mapping[str, _Term]):
+  def spoken(one):
+    rows = '' if one.config.rows == 'all' else f' on {one.config.rows}'
+    return f'{schedules.spoken(one.config.weight)} {one.term.spoken}{rows}'
+
+  measured = [one.term.spoken for one in terms.values() if one.config.weight == 0]
+  resolved = {
+      'loss': ' + '.join(spoken(one) for one in terms.values() if one.config.weight != 0),
+      'denominator': "supervised tokens of the global batch, of each term's own rows",
+      'mask': 'completion and end-of-text',
+  }
+  return {**resolved, **({'measured': ', '.join(measured)} if measured else {})}
+
+
+def projectors(loss: LossConfig, student: TransformerConfig, teacher: TransformerConfig | None):
+  """rng -> {'projectors': {term: {student layer: [Ds, Dt]}}}; None where no term has any."""
+  terms = open_terms(loss, student, teacher)
+  inits = {name: one.term.init for name, one in terms.items() if isinstance(one.term, LayerTerm) and one.term.init}
+  if not inits:
     return None
 
   def make(rng):
-    pairs = layer_map(loss.hidden.layers, student.num_layers, teacher.num_layers)
-    keys = jax.random.split(rng, len(pairs))
-    return {
-        'projectors': {
-            str(s): heads.init_projector(key, student.embed_dim, teacher.embed_dim) for key, (s, _) in zip(keys, pairs)
-        }
-    }
+    keys = jax.random.split(rng, len(inits)) if len(inits) > 1 else [rng]
+    return {'projectors': {name: init(key) for key, (name, init) in zip(keys, inits.items())}}
 
   return make
 

@@ -77,11 +77,11 @@ def source(config: RolloutConfig, data: DataConfig, context: Context, *, advanta
 
 
 def metrics(rollouts: Rollouts) -> dict:
-  """Rates that every on-policy run reports, as Means over rows (finished: the last sampled token ended the text)."""
-  rows = jnp.asarray(rollouts.rewards.shape[0], jnp.float32)
-  lengths = jnp.sum(rollouts.batch.loss_mask)
+  """Rates that every on-policy run reports, as Means over the rows that the student sampled."""
+  sampled = jnp.ones_like(rollouts.rewards) if rollouts.sampled is None else rollouts.sampled
+  rows, valid = jnp.sum(sampled), rollouts.valid * sampled
   return {
-      'reward': Mean(jnp.sum(rollouts.rewards * rollouts.valid), jnp.sum(rollouts.valid)),
-      'completion_tokens': Mean(lengths, rows),
-      'unscorable': Mean(jnp.sum(1 - rollouts.valid), rows),
+      'reward': Mean(jnp.sum(rollouts.rewards * valid), jnp.sum(valid)),
+      'completion_tokens': Mean(jnp.sum(rollouts.batch.loss_mask * sampled[:, None]), rows),
+      'unscorable': Mean(rows - jnp.sum(valid), rows),
   }

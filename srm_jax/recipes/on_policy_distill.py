@@ -1,45 +1,132 @@
 """On-policy distillation: the student samples, the teacher's distribution corrects every token that it visited.
 
-  loss = (1 / N) sum over sampled tokens of D(p(. | x, y_<t), q(. | x, y_<t)),  y ~ q, no gradient through sampling
+  loss = sum_i w_i / C_i  sum_t m_i,t D_i(p(. | x, y_<t), q(. | x, y_<t)),  y ~ q, no gradient through sampling
 
-Left out: the lambda mix with data (use `distill`), rewards, sampled-token forms.
-Reference: Agarwal et al., GKD, arXiv:2306.13649.
+The terms are those of `distill`; rows='samples' and rows='data' tell them apart where both kinds of rows are there:
+
+  mix 'samples'    every step samples
+  mix 'alternate'  a step samples with probability `fraction`, a number or a schedule, and else reads the data (GKD)
+  mix 'both'       every batch holds rows of both (DistiLLM's and DistiLLM-2's contrast)
+
+Left out: samples from a mixture of teacher and student (MiniLLM's), a replay buffer of samples.
+Reference: Agarwal et al., GKD, arXiv:2306.13649; Gu et al., MiniLLM, arXiv:2306.08543; Ko et al., DistiLLM-2,
+arXiv:2503.07067.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 
 from srm_jax import schema
-from srm_jax.recipes import distill, on_policy
-from srm_jax.recipes.context import Context, DataConfig, load_teacher
-from srm_jax.types import Objective, Recipe
+from srm_jax.losses.advantages import ADVANTAGES
+from srm_jax.recipes import distill, on_policy, schedules
+from srm_jax.recipes.context import BatchConfig, Context, DataConfig, dataset, load_teacher
+from srm_jax.recipes.policy_terms import PolicyTerm
+from srm_jax.rollout import beside, from_data
+from srm_jax.types import Objective, Recipe, Source
+
+
+@dataclasses.dataclass(frozen=True)
+class MixConfig:
+  """mix: see the module. fraction: of the steps that sample ('alternate'). data, batch: what the other rows learn."""
+
+  mix: str
+  fraction: Any
+  data: DataConfig
+  batch: BatchConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class AdvantageConfig:
+  """From ADVANTAGES, with its options: of the task's rewards, where a term reads them."""
+
+  name: str
+  options: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class OnPolicyDistillConfig:
+  """data: whose prompts are sampled for. mixing: rows that are not sampled; None where there are none."""
+
   name: str
   teacher: str
   data: DataConfig
   rollouts: on_policy.RolloutConfig
   loss: distill.LossConfig
+  advantage: AdvantageConfig
+  mixing: MixConfig | None
 
 
 def objective(loss: distill.LossConfig, student, teacher) -> Objective:
-  """The divergence objective on the batch of a Rollouts, with rollout metrics."""
+  """The objective of `distill` on Rollouts, with rollout metrics."""
   inner = distill.objective(loss, student, teacher)
 
-  def terms(params, rollouts, frozen, rng):
-    found, metrics = inner.terms(params, rollouts, frozen, rng)
-    return found, {**metrics, **on_policy.metrics(rollouts)}
+  def terms(params, prepared: distill.Prepared, frozen, rng):
+    found, metrics = inner.terms(params, prepared, frozen, rng)
+    return found, {**metrics, **on_policy.metrics(prepared.rollouts._replace(batch=prepared.batch))}
 
-  return inner._replace(terms=terms, resolved={**inner.resolved, 'mask': 'tokens that the student sampled'})
+  return inner._replace(terms=terms, resolved={**inner.resolved, 'mask': 'tokens that the student sampled, and data'})
+
+
+def _alternate(mixing: MixConfig, sampled: Source, data: Source, seed: int):
+  fraction = schedules.schedule(mixing.fraction, 'config.recipe.mixing.fraction')
+
+  def draw(params, step: int):
+    draws = float(np.random.default_rng((seed, step)).random()) < float(fraction(step))
+    return sampled.next(params, step) if draws else from_data(data.next(params, step))
+
+  return draw
+
+
+def _both(mixing: MixConfig, sampled: Source, data: Source, seed: int):
+  del mixing, seed
+  return lambda params, step: beside(sampled.next(params, step), data.next(params, step))
+
+
+MIXES = {'alternate': _alternate, 'both': _both}
+
+
+def _mixed(config: OnPolicyDistillConfig, sampled: Source, context: Context) -> Source:
+  """The sampled source, with rows of data in between or beside."""
+  if config.mixing is None:
+    return sampled
+  make = schema.choose('mixing.mix', config.mixing.mix, MIXES)
+  data = dataset(config.mixing.data, config.mixing.batch, context)
+  draw = make(config.mixing, sampled, data, context.seed)
+
+  def get_state():
+    return {'sampled': sampled.get_state(), 'data': {**data.get_state(), 'step': 0}}  # both follow the run's step
+
+  def set_state(state):
+    sampled.set_state(state['sampled'])
+    data.set_state(state['data'])
+
+  return Source(draw, get_state, set_state)
+
+
+def _check_rows(config: OnPolicyDistillConfig, terms):
+  """Raises ConfigError where a term counts rows that never come."""
+  for name, one in terms.items():
+    if config.mixing is None and one.config.rows == 'data':
+      raise schema.ConfigError(f"loss.terms.{name}.rows='data', but all rows are sampled; fix: config.recipe.mixing")
+    if isinstance(one.term, PolicyTerm) and config.mixing is not None and one.config.rows != 'samples':
+      raise schema.ConfigError(f"loss.terms.{name} is of sampled tokens, and there are data too; fix: rows='samples'")
 
 
 def build(section, context: Context) -> Recipe:
   """Opens config.recipe for on-policy distillation."""
   config = schema.parse(OnPolicyDistillConfig, section, 'config.recipe')
   teacher = load_teacher(config.teacher, context)
+  terms = distill.open_terms(config.loss, context.model, teacher.config)
+  _check_rows(config, terms)
+  advantage = schema.bind('advantage', config.advantage.name, config.advantage.options, ADVANTAGES)
+  rewarded = any(isinstance(one.term, PolicyTerm) and one.term.rewarded for one in terms.values())
+  sampled = on_policy.source(
+      config.rollouts, config.data, context, advantage=advantage if rewarded else None
+  )
   return Recipe(
-      objective(config.loss, context.model, teacher.config),
-      on_policy.source(config.rollouts, config.data, context, advantage=None),
+      objective(config.loss, context.model, teacher.config), _mixed(config, sampled, context),
       {'teacher': (teacher.config, teacher.params)}, distill.projectors(config.loss, context.model, teacher.config),
   )
