@@ -324,7 +324,7 @@ def test_an_example_that_does_not_fit_is_named(name, loaded):
   sizes = [len(aligned[1].student.tokens), len(aligned[1].teacher.tokens), len(aligned[1].exact)]
   limits = dict(zip(('student_length', 'teacher_length', 'max_groups'), sizes))
   alignment.planner(aligned, **limits)
-  with pytest.raises(ValueError, match=rf"id='much' takes {limits[name]} of {name} {limits[name] - 1}; fix: .*the 1 ex"):
+  with pytest.raises(ValueError, match=rf"id='much' takes {limits[name]} of {name} {limits[name] - 1}; fix: raise"):
     alignment.planner(aligned, **{**limits, name: limits[name] - 1})
   with pytest.raises(ValueError, match='data set is empty'):
     alignment.planner([], **limits)
