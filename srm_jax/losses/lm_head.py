@@ -222,7 +222,10 @@ def _layout(mesh, student, teacher):
   if mesh is None or mesh.size == 1:
     return _Layout()
   rows = sharding.spec(('batch',), student.hidden.shape[:1], mesh)[0] or ()
-  split = lambda head: sharding.spec(('embed', 'vocab'), head.kernel.shape, mesh)
+  alone = lambda axis: axis is not None and mesh.shape[axis] == 1  # splits nothing, and must not forbid whole rows
+  split = lambda head: (
+      None if alone(axis) else axis for axis in sharding.spec(('embed', 'vocab'), head.kernel.shape, mesh)
+  )
   embed, vocab = split(student)
   teacher_embed, teacher_vocab = (None, vocab) if teacher is None else split(teacher)
   vocab = vocab and teacher_vocab  # One axis_name serves both.

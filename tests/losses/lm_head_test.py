@@ -242,6 +242,19 @@ def test_mesh_equals_one_device(run, fn, shape, chunk):
   assert_close(run(fn, problem(*shape), chunk=chunk, mesh=mesh), plain(fn, problem(*shape)))
 
 
+def test_a_mesh_that_does_not_split_the_vocabulary_does_not_name_its_axis():
+  seen = []
+
+  def loss(student_logits, teacher_logits, targets, *, axis_name):
+    seen.append(axis_name)  # what needs whole rows refuses any name
+    return nll(student_logits, teacher_logits, targets, axis_name=axis_name)
+
+  run_reduced(loss, problem(4, 7, 8, 16), chunk=3, mesh=sharding.make_mesh((1, 8, 1)))
+  assert seen and not any(seen)
+  run_reduced(loss, problem(4, 7, 8, 16), chunk=3, mesh=sharding.make_mesh((1, 4, 2)))
+  assert seen[-1] == 'tensor'
+
+
 def test_loop_has_no_bulk_collective():
   rows, time, features, entries, chunk = 8, 96, 48, 80, 17
   text = _compiled_on_mesh(rows, time, features, entries, chunk)
