@@ -31,7 +31,7 @@ REQUIREMENTS = [
 ]
 
 EXTRAS = {
-  'bench': ['peft>=0.21', 'torch>=2.13', 'transformers>=5.23'],
+  'bench': ['peft>=0.21', 'torch>=2.13', 'transformers>=5.23', 'trl>=1.16'],
   'cuda': ['jax[cuda12]'],
   'gcs': ['gcsfs>=2026.8'],
   'notebooks': ['ipykernel>=7.0', 'nbclient>=0.10', 'nbformat>=5.10'],
