@@ -21,6 +21,7 @@ from srm_jax import checkpoints, hlo, optimizers, schema, sharding
 from srm_jax.data import tokenizer as tokenizers
 from srm_jax.models import adapters, transformer
 from srm_jax.models.config import TransformerConfig, forward_flops, train_flops
+from srm_jax.models.families import PRESETS
 from srm_jax.recipes import adapted, distill, on_policy, on_policy_distill, policy_gradient, sft
 from srm_jax.train import TrainConfig, resolve, trained_names
 from srm_jax.train_step import build_train_step, init_state
@@ -272,9 +273,21 @@ def _sft(section, model) -> _Abstract:
   )
 
 
+def _shape_of(folder: str, student: TransformerConfig) -> TransformerConfig:
+  """The config of a frozen model: a run's, or a published one, which computes as the student does. A preset's name
+  stands for its shape.
+  """
+  known = PRESETS.get(folder)
+  if known is None:
+    known = checkpoints.model_config(folder)
+    if not checkpoints.is_published(folder):
+      return known
+  return dataclasses.replace(known, dtype=student.dtype, param_dtype=student.dtype)
+
+
 def _distill(section, model) -> _Abstract:
   config = schema.parse(distill.DistillConfig, section, 'config.recipe')
-  teacher = checkpoints.model_config(config.teacher)
+  teacher = _shape_of(config.teacher, model)
   return _Abstract(
       distill.objective(config.loss, model, teacher), {'teacher': teacher},
       _batch(config.batch.size, config.batch.length), distill.projectors(config.loss, model, teacher),
@@ -283,7 +296,7 @@ def _distill(section, model) -> _Abstract:
 
 def _on_policy_distill(section, model) -> _Abstract:
   config = schema.parse(on_policy_distill.OnPolicyDistillConfig, section, 'config.recipe')
-  teacher = checkpoints.model_config(config.teacher)
+  teacher = _shape_of(config.teacher, model)
   return _Abstract(
       on_policy_distill.objective(config.loss, model, teacher), {'teacher': teacher},
       _rollouts(config.rollouts, advantages=False), distill.projectors(config.loss, model, teacher),
@@ -292,7 +305,7 @@ def _on_policy_distill(section, model) -> _Abstract:
 
 def _policy_gradient(section, model) -> _Abstract:
   config = schema.parse(policy_gradient.PolicyGradientConfig, section, 'config.recipe')
-  frozen = {'reference': checkpoints.model_config(config.kl.reference)} if config.kl.coef else {}
+  frozen = {'reference': _shape_of(config.kl.reference, model)} if config.kl.coef else {}
   return _Abstract(
       policy_gradient.objective(config, model, frozen.get('reference')), frozen,
       _rollouts(config.rollouts, advantages=True),
