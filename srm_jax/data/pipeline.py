@@ -8,6 +8,7 @@ nothing is dropped. Every host computes the same tables from lengths alone and l
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -76,8 +77,9 @@ class Schedule:
 class _HostBatches:
   """step -> this host's part of the batch; the random-access form that grain reads."""
 
-  def __init__(self, schedule, process_index, process_count):
+  def __init__(self, schedule, assemble, process_index, process_count):
     self.schedule = schedule
+    self.assemble = assemble
     self.share = schedule.batch_size // process_count
     self.start = process_index * self.share
 
@@ -87,7 +89,7 @@ class _HostBatches:
   def __getitem__(self, step):
     rows = self.schedule.rows(step)
     packing.require_supervised(self.schedule.examples, rows)  # on global rows: all hosts stop together
-    return packing.lay_out(self.schedule.examples, rows[self.start : self.start + self.share], self.schedule.length)
+    return self.assemble(rows[self.start : self.start + self.share])
 
 
 def dataset_source(
@@ -125,9 +127,19 @@ def dataset_source(
   return scheduled_source(schedule, prefetch=prefetch, process_index=process_index, process_count=process_count)
 
 
-def scheduled_source(schedule: Schedule, *, prefetch=2, process_index=0, process_count=1) -> types.Source:
-  """`dataset_source` over a schedule that the caller keeps, for instance to count supervised tokens."""
-  batches = _HostBatches(schedule, process_index, process_count)
+def scheduled_source(
+    schedule: Schedule, *, assemble: Callable[[np.ndarray], Any] | None = None, prefetch=2, process_index=0,
+    process_count=1,
+) -> types.Source:
+  """`dataset_source` over a schedule that the caller keeps, for instance to count supervised tokens.
+
+  assemble: this host's part of the bin table -> what `next` returns, a record of arrays with these rows in front; None
+  for their Batch. It is called by the prefetching thread.
+  """
+  if assemble is None:
+    def assemble(rows):
+      return packing.lay_out(schedule.examples, rows, schedule.length)
+  batches = _HostBatches(schedule, assemble, process_index, process_count)
   options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
   iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
   identity = {
