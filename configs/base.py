@@ -149,6 +149,16 @@ def distill(teacher, data, batch, loss):
   return ConfigDict(dict(name='distill', teacher=teacher, data=data, batch=batch, loss=loss))
 
 
+def cross_tokenizer(teacher, data, batch, *, teacher_length, chunk_loss='binary_kl', chunk_options=None, **weights):
+  """weights: of cross_entropy, chunk, shared and uld. binary_kl says little about long chunks at T=1: 100 by default."""
+  options = {'temperature': 100.0} if chunk_options is None and chunk_loss == 'binary_kl' else chunk_options or {}
+  loss = dict(cross_entropy=0.0, chunk=0.0, shared=0.0, uld=0.0, divergence='forward_kl', temperature=1.0) | weights
+  return ConfigDict(dict(
+      name='cross_tokenizer', teacher=teacher, data=data, batch=batch, teacher_length=teacher_length,
+      loss=loss | dict(chunk_loss=chunk_loss, chunk_options=options, head_chunk=None),
+  ))
+
+
 def mixing(data, batch, *, mix='alternate', fraction=0.5):
   """Rows of a data set among those that the student samples."""
   return ConfigDict(dict(mix=mix, fraction=fraction, data=data, batch=batch))

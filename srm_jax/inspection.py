@@ -17,6 +17,7 @@ import numpy as np
 
 from srm_jax import checkpoints, schema, sharding
 from srm_jax.data import tokenizer as tokenizers
+from srm_jax.data.alignment import AlignedBatch
 from srm_jax.data.tokenizer import Tokenizer
 from srm_jax.models import heads, transformer
 from srm_jax.models.config import TransformerConfig
@@ -94,7 +95,8 @@ def _score(recipe: Recipe, model, params, tokenizer, batch, step, origin, rows) 
   whole: Batch = getattr(batch, 'batch', batch)
   total = len(whole.inputs)
   shown = jax.tree.map(lambda x: np.asarray(x)[:rows], batch)
-  models = {'student': (model, params), **recipe.frozen}
+  frozen = {} if isinstance(batch, AlignedBatch) else recipe.frozen  # whose ids mean other pieces
+  models = {'student': (model, params), **frozen}
   scores = {name: score(config, weights, getattr(shown, 'batch', shown)) for name, (config, weights) in models.items()}
   return Inspection(
       origin, step, recipe.objective.resolved, int(np.count_nonzero(whole.loss_mask)),

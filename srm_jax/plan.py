@@ -15,14 +15,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from srm_jax import checkpoints, hlo, optimizers, schema, sharding
+from srm_jax.data import alignment
 from srm_jax.data import tokenizer as tokenizers
 from srm_jax.models import adapters, transformer
 from srm_jax.models.config import TransformerConfig, forward_flops, train_flops
 from srm_jax.models.families import PRESETS
-from srm_jax.recipes import adapted, distill, on_policy, on_policy_distill, policy_gradient, sft
+from srm_jax.recipes import adapted, cross_tokenizer, distill, on_policy, on_policy_distill, policy_gradient, sft
 from srm_jax.train import TrainConfig, resolve, trained_names
 from srm_jax.train_step import build_train_step, init_state
 from srm_jax.types import Batch, Objective, Rollouts, TrainState
@@ -236,6 +238,9 @@ def out_of_memory(message: str) -> Memory:
   Raises:
     RuntimeError: it is a message about something else.
   """
+  alone = re.search(r'required for HLO temporaries \(([\d.]+[KMGT]?)\) exceeds', message)
+  if alone is not None:  # what else there is, the compiler did not come to count
+    return Memory(math.nan, _bytes(alone[1]), math.nan, _bytes(alone[1]), False)
   used = re.search(r'Used ([\d.]+[KMGT]?) of [\d.]+[KMGT]? hbm', message)
   if used is None:
     raise RuntimeError(message)
@@ -294,6 +299,17 @@ def _distill(section, model) -> _Abstract:
   )
 
 
+def _cross_tokenizer(section, model) -> _Abstract:
+  config = schema.parse(cross_tokenizer.CrossTokenizerConfig, section, 'config.recipe')
+  teacher = _shape_of(config.teacher, model)
+  rows, groups = (model.vocab_size, teacher.vocab_size), min(config.batch.length, config.teacher_length)
+  ours, theirs = (_batch(config.batch.size, length) for length in (config.batch.length, config.teacher_length))
+  mask = jax.ShapeDtypeStruct((config.batch.size, groups), jnp.bool_)
+  batch = alignment.AlignedBatch(ours, theirs, ours.inputs, theirs.inputs, mask, mask)
+  shared = (np.arange(min(rows), dtype=np.int32),) * 2  # as if the smaller vocabulary were part of the larger
+  return _Abstract(cross_tokenizer.objective(config.loss, model, teacher, rows, shared), {'teacher': teacher}, batch)
+
+
 def _on_policy_distill(section, model) -> _Abstract:
   config = schema.parse(on_policy_distill.OnPolicyDistillConfig, section, 'config.recipe')
   teacher = _shape_of(config.teacher, model)
@@ -313,7 +329,8 @@ def _policy_gradient(section, model) -> _Abstract:
 
 
 RECIPES: dict[str, Callable[[Any, TransformerConfig], _Abstract]] = {
-    'sft': _sft, 'distill': _distill, 'on_policy_distill': _on_policy_distill, 'policy_gradient': _policy_gradient,
+    'sft': _sft, 'distill': _distill, 'cross_tokenizer': _cross_tokenizer, 'on_policy_distill': _on_policy_distill,
+    'policy_gradient': _policy_gradient,
 }
 
 

@@ -91,6 +91,11 @@ def test_a_program_that_does_not_fit_is_read_from_the_message():
   )
   np.testing.assert_allclose(memory.outputs, 0.01 * 2**20, atol=1e4)
   assert math.isnan(plan.out_of_memory('Used 20G of 15.75G hbm').arguments)
+  early = plan.out_of_memory(
+      'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO '
+      'temporaries (24.58G) exceeds available HBM (15.75G). HLO module: jit_step.'
+  )
+  assert not early.fits and early.total == early.temporaries == 24.58 * GIB and math.isnan(early.arguments)
   with pytest.raises(RuntimeError, match='something else'):
     plan.out_of_memory('something else')
 

@@ -44,13 +44,13 @@ class Aligned(NamedTuple):
 class AlignedBatch(NamedTuple):
   """Rows with the same texts for both models.
 
-  student, teacher: Batch of [B, Ts] and of [B, Tt]. student_groups, teacher_groups: int32 of the same shapes, the group
+  batch: the student's, [B, Ts]. teacher: the teacher's Batch, [B, Tt]. student_groups, teacher_groups: int32 of the same shapes, the group
   of the token that this position predicts, -1 where it is in none; numbers are those of the row. valid, exact: bool
   [B, G]; the groups of a row come first, those that are not exact before those that are (so that the ones whose
   vocabularies are sorted lie together), the order of the text within both.
   """
 
-  student: types.Batch
+  batch: types.Batch
   teacher: types.Batch
   student_groups: np.ndarray
   teacher_groups: np.ndarray

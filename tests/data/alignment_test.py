@@ -255,7 +255,7 @@ def groups_of_rows(batch, row):
   """{(student tokens, teacher tokens): exact} of a row, by the ids that the positions of a group predict."""
   found = {}
   for number in np.flatnonzero(batch.valid[row]):
-    ours = batch.student.targets[row][batch.student_groups[row] == number]
+    ours = batch.batch.targets[row][batch.student_groups[row] == number]
     theirs = batch.teacher.targets[row][batch.teacher_groups[row] == number]
     found[number] = (tuple(ours.tolist()), tuple(theirs.tolist()), bool(batch.exact[row, number]))
   return found
@@ -278,14 +278,14 @@ def test_rows_hold_the_groups_of_their_examples(loaded):
     assert sorted(found.values()) == sorted(expected)
     assert list(found) == list(range(len(expected)))  # the first so many numbers
     assert list(found.values()) == sorted(expected, key=lambda group: group[2])  # exact ones last, else in order
-  for groups, side in ((batch.student_groups, batch.student), (batch.teacher_groups, batch.teacher)):
+  for groups, side in ((batch.student_groups, batch.batch), (batch.teacher_groups, batch.teacher)):
     np.testing.assert_array_equal(groups >= 0, side.loss_mask > 0)
 
 
 def test_positions_predict_and_rows_are_those_of_packing(loaded):
   aligned = data_set(loaded, 2)
   batch = alignment.lay_out(aligned, [[0, 1]], student_length=150, teacher_length=140)
-  for side, name in ((batch.student, 'student'), (batch.teacher, 'teacher')):
+  for side, name in ((batch.batch, 'student'), (batch.teacher, 'teacher')):
     examples = [getattr(item, name) for item in aligned]
     expected = packing.pack(examples, np.array([[0, 1]]), side.inputs.shape[1])
     assert all(np.array_equal(x, y) for x, y in zip(side, expected))

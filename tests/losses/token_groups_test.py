@@ -156,14 +156,14 @@ def logits_of(batch, size, seed):
 
 def terms(batch, ours, theirs, logits=None):
   """{term: sum over groups} of a batch."""
-  logits = logits or [logits_of(batch.student, ours.vocab_size, 0), logits_of(batch.teacher, theirs.vocab_size, 1)]
+  logits = logits or [logits_of(batch.batch, ours.vocab_size, 0), logits_of(batch.teacher, theirs.vocab_size, 1)]
   return {name: float(value) for name, value in _terms(batch, logits, *alignment.shared_ids(ours, theirs)).items()}
 
 
 @jax.jit
 def _terms(batch, logits, student_ids, teacher_ids):
   groups = batch.student_groups, batch.teacher_groups
-  sides = list(zip(logits, (batch.student.targets, batch.teacher.targets), groups))
+  sides = list(zip(logits, (batch.batch.targets, batch.teacher.targets), groups))
   count = batch.valid.shape[1]
   chunks = [
       token_groups.chunk_logprobs(cross_entropy.token_logprobs(x, ids), groups, num_groups=count)
@@ -210,10 +210,10 @@ def test_equal_tokenizers_give_the_plain_divergence_of_every_token(tokenizers):
   # Left out are padding, the unknown piece, and bytes that have pieces of their own: nobody samples them.
   never = np.setdiff1d(np.arange(ours.vocab_size), student_ids)
   assert 30 < never.size < 150
-  logits = [logits_of(batch.student, ours.vocab_size, seed).at[..., never].set(-30.0) for seed in (0, 1)]
-  total = jnp.sum(distillation.forward_kl(*logits) * batch.student.loss_mask)
+  logits = [logits_of(batch.batch, ours.vocab_size, seed).at[..., never].set(-30.0) for seed in (0, 1)]
+  total = jnp.sum(distillation.forward_kl(*logits) * batch.batch.loss_mask)
   found = terms(batch, ours, ours, logits)
-  assert found['uld'] == 0.0 and batch.valid.sum() == batch.student.loss_mask.sum() and batch.exact[batch.valid].all()
+  assert found['uld'] == 0.0 and batch.valid.sum() == batch.batch.loss_mask.sum() and batch.exact[batch.valid].all()
   np.testing.assert_allclose(found['shared'], total, rtol=1e-4)
   equal = terms(batch, ours, ours, logits[:1] * 2)
   np.testing.assert_allclose(list(equal.values()), np.zeros(len(equal)), atol=1e-3)
