@@ -6,7 +6,7 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ml_collections
@@ -36,15 +36,19 @@ def choose(kind: str, name: str, registry: Mapping[str, T]) -> T:
   return registry[name]
 
 
-def bind(kind: str, name: str, options: Mapping[str, Any], registry: Mapping[str, Callable]) -> Callable:
+def bind(
+    kind: str, name: str, options: Mapping[str, Any], registry: Mapping[str, Callable], *, given: Sequence[str] = ()
+) -> Callable:
   """registry[name] with its options filled in.
+
+  given: options that the caller fills in later, which are no config's to give.
 
   Raises:
     ConfigError: name is not in the registry, the function has no such option, or one that it needs is missing.
   """
   function = choose(kind, name, registry)
   parameters = inspect.signature(function).parameters
-  known = {key: value for key, value in parameters.items() if value.kind is value.KEYWORD_ONLY}
+  known = {key: value for key, value in parameters.items() if value.kind is value.KEYWORD_ONLY and key not in given}
   for key in options:
     if key not in known:
       raise unknown(f'option of {kind} {name!r}', key, known)

@@ -1,6 +1,7 @@
 """A config is opened whole or refused with the key, the value and the nearest valid names."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,6 +78,13 @@ def test_choose():
 
 def scaled(values, *, factor, shift=0):
   return values * factor + shift
+
+
+def test_bind_leaves_what_is_given_later():
+  make = functools.partial(schema.bind, 'rule', 'scaled', registry={'scaled': scaled}, given=('factor',))
+  assert make(options={'shift': 1})(3, factor=2) == 7
+  with pytest.raises(schema.ConfigError, match=r"option of rule 'scaled' 'factor' unknown; choose from \['shift'\]"):
+    make(options={'factor': 2})
 
 
 def test_bind_fills_options_in():

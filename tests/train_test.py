@@ -181,13 +181,19 @@ WRONG_RL = {
 WRONG_TEACHER = {
     'no teacher': (dict(recipe__teacher='/nowhere'), r'/nowhere holds no model'),
     'divergence': (
-        dict(recipe__loss__terms__forward_kl__options__name='forward'), r"divergence 'forward' unknown \(did you mean 'forward_kl'",
+        dict(recipe__loss__terms__forward_kl__options__name='forward'),
+        r"divergence of loss\.terms\.forward_kl\.options 'forward' unknown \(did you mean 'forward_kl'",
     ),
     'divergence option': (
-        dict(recipe__loss__terms__forward_kl__options__options=dict(beta=0.1)), r"option of divergence 'forward_kl' 'beta' unknown",
+        dict(recipe__loss__terms__forward_kl__options__options=dict(beta=0.1)),
+        r"option of divergence of loss\.terms\.forward_kl\.options 'forward_kl' 'beta' unknown",
     ),
     'feature': (dict(recipe__loss__terms__hidden__options__feature='cosin'), r"hidden\.options\.feature 'cosin' unknown"),
     'layers': (dict(recipe__loss__terms__hidden__options__layers='all'), r"hidden\.options\.layers 'all' unknown"),
+    'coupled': (
+        dict(microbatches=2, recipe__loss__terms__cka=base.term('alignment', feature='linear_cka', layers='final')),
+        r"config\.microbatches=2, but the terms \['cka'\] see the whole batch at once; fix: 1",
+    ),
 }
 
 

@@ -10,7 +10,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from srm_jax import schema
 from srm_jax.losses.on_policy_distillation import TEACHER_ADVANTAGES
@@ -45,7 +47,10 @@ class PolicyTerm(NamedTuple):
 def _policy(options, where) -> PolicyTerm:
   config = schema.parse(PolicyConfig, options, where)
   advantage = schema.bind(f'{where}.advantage', config.advantage, config.advantage_options, TEACHER_ADVANTAGES)
-  surrogate = schema.bind(f'{where}.surrogate', config.surrogate, config.surrogate_options, SURROGATES)
+  surrogate = schema.bind(
+      f'{where}.surrogate', config.surrogate, config.surrogate_options, SURROGATES, given=('old_logprobs',)
+  )
+  _try(advantage, surrogate, where)
 
   def fn(student_logprobs, teacher_logprobs, rollouts: Rollouts, mask):
     advantages = advantage(teacher_logprobs, rollouts.sampler_logprobs, mask)
@@ -55,6 +60,15 @@ def _policy(options, where) -> PolicyTerm:
 
   rewards = f' + {config.reward_weight:g} rewards' if config.reward_weight else ''
   return PolicyTerm(fn, bool(config.reward_weight), f'{config.surrogate}({config.advantage}{rewards})')
+
+
+def _try(advantage, surrogate, where):
+  """Traces the two on a few numbers, so that an impossible option is found when a config is opened."""
+  one = np.zeros((1, 2), np.float32)
+  try:
+    jax.eval_shape(lambda: surrogate(one, one, advantage(one, one, one), one))
+  except (TypeError, ValueError) as error:
+    raise schema.ConfigError(f'{where}: {error}') from error
 
 
 POLICY_TERMS: dict[str, Callable[[Mapping[str, Any], str], PolicyTerm]] = {'policy': _policy}

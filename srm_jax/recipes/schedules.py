@@ -3,6 +3,7 @@
 In a config such a number is 0.5, or {'name': 'linear', 'start': 0.5, 'end': 0.0, 'steps': 200}.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,17 +30,19 @@ def _switch(*, start, end, steps):
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {'linear': _linear, 'cosine': _cosine, 'switch': _switch}
 
+LOWEST = {'steps': 1, 'delay': 0}  # of the options that count steps
+
 
 def is_number(value) -> bool:
-  """Whether a config's value is a plain number rather than a schedule."""
-  return isinstance(value, (int, float)) and not isinstance(value, bool)
+  """Whether a config's value is a plain finite number rather than a schedule."""
+  return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def schedule(value: Any, where: str) -> Schedule:
   """A config's number as a function of the step.
 
   Raises:
-    ConfigError: neither a number nor the name and options of one of SCHEDULES.
+    ConfigError: neither a number nor the name and options of one of SCHEDULES, or an option out of its range.
   """
   if is_number(value):
     return lambda step: float(value)
@@ -49,7 +52,18 @@ def schedule(value: Any, where: str) -> Schedule:
         "{'name': 'linear', 'start': 1.0, 'end': 0.0, 'steps': 100}"
     )
   options = {key: number for key, number in value.items() if key != 'name'}
-  return schema.bind(f'schedule of {where}', value['name'], options, SCHEDULES)()
+  made = schema.bind(f'schedule of {where}', value['name'], options, SCHEDULES)
+  for key, number in options.items():
+    lowest = LOWEST.get(key)
+    if not is_number(number) or (lowest is not None and (not isinstance(number, int) or number < lowest)):
+      expected = 'a number' if lowest is None else f'a whole number, at least {lowest}'
+      raise schema.ConfigError(f'{where}.{key} is {number!r}; expected {expected}')
+  return made()
+
+
+def ends(value: Any) -> tuple[float, float]:
+  """The first and the last of a config's number or schedule; all others lie between them."""
+  return (value, value) if is_number(value) else (value['start'], value['end'])
 
 
 def spoken(value: Any) -> str:

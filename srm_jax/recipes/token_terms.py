@@ -74,19 +74,20 @@ def _cross_entropy(options, where) -> TokenTerm:
   return TokenTerm(fn, {}, False, 'cross-entropy')
 
 
-def _split_schedules(options: Mapping[str, Any], where: str):
+def _open_numbers(numbers: Mapping[str, Any], where: str):
   """(plain numbers, schedules) of a term's options."""
-  changing = {key: value for key, value in options.items() if isinstance(value, Mapping)}
-  plain = {key: value for key, value in options.items() if key not in changing}
-  return plain, {key: schedules.schedule(value, f'{where}.{key}') for key, value in changing.items()}
+  opened = {key: schedules.schedule(value, f'{where}.{key}') for key, value in numbers.items()}
+  plain = {key: value for key, value in numbers.items() if schedules.is_number(value)}
+  return plain, {key: changing for key, changing in opened.items() if key not in plain}
 
 
 def _divergence(options, where) -> TokenTerm:
   config = schema.parse(DivergenceConfig, options, where)
-  plain, changing = _split_schedules({**config.options, 'temperature': config.temperature}, where)
-  schema.bind('divergence', config.name, {**config.options, 'temperature': config.temperature}, DIVERGENCES)
+  schema.bind(f'divergence of {where}', config.name, config.options, DIVERGENCES, given=('temperature', 'axis_name'))
+  numbers = {**config.options, 'temperature': config.temperature}
+  plain, changing = _open_numbers(numbers, where)
   divergence = DIVERGENCES[config.name]
-  _try(divergence, np.zeros((1, 4), np.float32), plain, where)
+  _try(divergence, np.zeros((1, 4), np.float32), numbers, where)
 
   def fn(tokens):
     given = {**plain, **tokens.numbers}
@@ -102,11 +103,11 @@ def _divergence(options, where) -> TokenTerm:
 
 def _top_k(options, where) -> TokenTerm:
   config = schema.parse(TopKConfig, options, where)
-  plain, changing = _split_schedules({**config.options, 'policy': config.policy}, where)
-  schema.bind('top-k divergence', config.name, {**config.options, 'policy': config.policy}, top_k.TOP_K)
-  divergence = top_k.TOP_K[config.name]
-  known = top_k.TopK(np.arange(4)[None], np.full((1, 4), np.log(0.25), np.float32), np.zeros(1, np.float32))
-  _try(divergence, known, plain, where)
+  schema.bind(f'top-k divergence of {where}', config.name, config.options, top_k.TOP_K, given=('policy', 'axis_name'))
+  plain, changing = _open_numbers(config.options, where)
+  divergence = functools.partial(top_k.TOP_K[config.name], policy=config.policy)
+  known = top_k.TopK(np.arange(2)[None], np.full((1, 2), np.log(0.25), np.float32), np.full(1, 0.5, np.float32))
+  _try(divergence, known, config.options, where)
 
   def fn(tokens):
     teacher = top_k.TopK(tokens.known['ids'], tokens.known['logprobs'], tokens.known['tail'])
@@ -116,12 +117,16 @@ def _top_k(options, where) -> TokenTerm:
   return TokenTerm(fn, changing, False, f'{config.name} to the cached teacher ({config.policy}{said})')
 
 
-def _try(divergence, teacher, plain, where):
-  """Traces a divergence on a few numbers, so that an impossible option is found when the config is opened."""
-  try:
-    jax.eval_shape(functools.partial(divergence, **plain), np.zeros((1, 4), np.float32), teacher)
-  except ValueError as error:
-    raise schema.ConfigError(f'{where}: {error}') from error
+def _try(divergence, teacher, numbers, where):
+  """Traces a divergence at both ends of its schedules, so that an impossible option is found when a config is opened:
+  traced numbers are not looked at.
+  """
+  for end in (0, 1):
+    given = {key: schedules.ends(value)[end] for key, value in numbers.items()}
+    try:
+      jax.eval_shape(functools.partial(divergence, **given), np.zeros((1, 4), np.float32), teacher)
+    except ValueError as error:
+      raise schema.ConfigError(f'{where}: {error}') from error
 
 
 TOKEN_TERMS: dict[str, Callable[[Mapping[str, Any], str], TokenTerm]] = {
