@@ -1,13 +1,14 @@
 """Memory and time of a distillation loss over a large vocabulary: chunked, dense, and TRL's.
 
-  python -m experiments.benchmarks.distill_memory [--dtype=bfloat16] [--chunk=256] [--rounds=3] [--sides=chunked,dense,trl]
+  python -m experiments.benchmarks.distill_memory [--dtype=bfloat16] [--chunk=128] [--rounds=3] [--sides=chunked,trl]
 
 Forward KL from hidden states and unembeddings to the gradients of the student's, at the heads of Qwen2.5-1.5B and 0.5B:
 V = 151936, teacher 1536 wide, student 896, 4 x 1024 tokens, products in the dtype, distributions and sums in float32.
-`chunked` is srm_jax.losses.lm_head, `dense` the same loss with all logits at once under plain automatic differentiation.
-`trl` forms both models' logits in PyTorch and calls GKDTrainer.generalized_jsd_loss with beta = 0. Every side runs in a
-process of its own, in turns. Memory is what the compiler says of temporaries (gradients are outputs), and what the
-process's peak rose by; of PyTorch only the latter is known, gradients included.
+`chunked` is srm_jax.losses.lm_head, `dense` the same loss with all logits at once under plain automatic
+differentiation. `trl` forms both models' logits in PyTorch and calls GKDTrainer.generalized_jsd_loss with beta = 0.
+Every side runs in a process of its own, in turns. Memory is what the compiler says of temporaries (gradients are
+outputs), and what the process's peak rose by; of PyTorch only the latter is known, gradients included. A CPU without
+instructions for bfloat16 takes hours for it: --dtype=float32.
 """
 
 import json
@@ -23,7 +24,7 @@ from experiments import runtime
 from experiments.benchmarks import timing
 
 DTYPE = flags.DEFINE_string('dtype', 'bfloat16', 'of hidden states, unembeddings and products')
-CHUNK = flags.DEFINE_integer('chunk', 256, 'tokens at a time', lower_bound=1)
+CHUNK = flags.DEFINE_integer('chunk', 128, 'tokens at a time', lower_bound=1)
 ROWS = flags.DEFINE_integer('rows', 4, 'rows of the batch', lower_bound=1)
 LENGTH = flags.DEFINE_integer('length', 1024, 'tokens of a row', lower_bound=1)
 VOCABULARY = flags.DEFINE_integer('vocabulary', 151_936, 'entries of the vocabulary', lower_bound=2)

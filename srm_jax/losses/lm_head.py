@@ -31,6 +31,7 @@ from jax.sharding import PartitionSpec
 from srm_jax import sharding
 
 _MIN_CHUNK = 256
+_MIN_BLOCK = 4096  # entries of the vocabulary, of a product that is added in blocks
 # For one float32 [chunk, V] array; a step holds two to four. On the CPU a chunk pays while it stays near the caches;
 # on accelerators dW, read and written once a chunk, wants large ones.
 _CPU_BUDGET_BYTES = 4 * 2**20
@@ -246,29 +247,32 @@ def _local_sweep(fn, chunk, platform, layout, student, teacher, targets, cotange
   widest = max(k.shape[1] for k in (kernel, teacher_kernel) if k is not None)
   chunk = chunk or default_chunk(math.prod(shape), widest, platform=platform)
   step = functools.partial(_step, fn, layout.vocab, kernel, teacher_kernel)
+  add = functools.partial(_add_product, blocks=_blocks(kernel.shape[1]) if platform == 'cpu' else 1)
   streams = (student.hidden, None if teacher is None else teacher.hidden, targets, cotangents)
   start = None if cotangents is None else _zeros(kernel.shape, layout)
-  (outputs, dhidden), dkernel = _over_chunks(step, start, streams, math.ceil(math.prod(shape) / chunk), chunk)
+  (outputs, dhidden), dkernel = _over_chunks(step, add, start, streams, math.ceil(math.prod(shape) / chunk), chunk)
   outputs, dhidden = jax.tree.map(lambda x: x[: math.prod(shape)].reshape(shape + x.shape[1:]), (outputs, dhidden))
   return outputs, None if cotangents is None else _reduce_gradient(Head(dhidden, dkernel), layout, student)
 
 
-def _over_chunks(step, dkernel, streams, count, chunk):
+def _over_chunks(step, add, dkernel, streams, count, chunk):
   """step on [b, t, ...] streams, chunk by chunk: ((outputs, dhidden) [>= b t, ...], summed dkernel)."""
   if count == 1:  # No loop, no padding, and no zeros to add to.
-    outputs, dhidden, dkernel = step(*jax.tree.map(_flat, streams))
-    return (outputs, dhidden), dkernel
+    outputs, dhidden, factors = step(*jax.tree.map(_flat, streams))
+    return (outputs, dhidden), None if factors is None else _contract(*factors, 0, 0)
 
   def body(dkernel, piece):
-    outputs, dhidden, added = step(*piece)
-    return (None if added is None else dkernel + added), (outputs, dhidden)
+    outputs, dhidden, factors = step(*piece)
+    return (None if factors is None else add(dkernel, *factors)), (outputs, dhidden)
 
   dkernel, results = jax.lax.scan(body, dkernel, jax.tree.map(lambda x: _split(x, count, chunk), streams))
   return jax.tree.map(_flat, results), dkernel
 
 
 def _step(fn, axis_name, kernel, teacher_kernel, hidden, teacher_hidden, targets, cotangents):
-  """One chunk: ((outputs, aux), dhidden [n, D], dkernel [D, V] float32); the gradients None without cotangents."""
+  """One chunk: ((outputs, aux), dhidden [n, D], (hidden [n, D], dlogits [n, V]) of dkernel); the gradients None
+  without cotangents.
+  """
   active = None if cotangents is None else _any_nonzero(cotangents)
   hidden = _where_active(active, hidden)
   logits = _logits(hidden, kernel)
@@ -282,7 +286,31 @@ def _step(fn, axis_name, kernel, teacher_kernel, hidden, teacher_hidden, targets
   dhidden = _contract(dlogits, kernel, 1, 1)
   if axis_name is None:
     dhidden = dhidden.astype(hidden.dtype)  # Otherwise a partial sum, rounded after the reduction.
-  return (outputs, aux), dhidden, _contract(hidden, dlogits, 0, 0)
+  return (outputs, aux), dhidden, (hidden, dlogits)
+
+
+def _add_product(total, left, right, *, blocks):
+  """total [D, V] + left^T right, for left [n, D] and right [n, V].
+
+  A CPU forms the product before it adds, which takes as much memory as the total: in blocks of V it takes a part of it.
+  Accelerators add while they multiply.
+  """
+  if blocks == 1:
+    return total + _contract(left, right, 0, 0)
+  width = right.shape[1] // blocks
+
+  def step(index, total):
+    part = jax.lax.dynamic_slice_in_dim(right, index * width, width, axis=1)
+    before = jax.lax.dynamic_slice_in_dim(total, index * width, width, axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(total, before + _contract(left, part, 0, 0), index * width, axis=1)
+
+  return jax.lax.fori_loop(0, blocks, step, total)
+
+
+def _blocks(vocabulary):
+  """How many equal blocks a vocabulary falls into: at most 16, each wide enough for a product to be fast."""
+  wide = (count for count in range(16, 1, -1) if vocabulary % count == 0 and vocabulary // count >= _MIN_BLOCK)
+  return next(wide, 1)
 
 
 def _apply(fn, logits, teacher_logits, targets, axis_name):

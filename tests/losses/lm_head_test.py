@@ -225,6 +225,32 @@ def test_kernel_gradient_is_accumulated_in_float32():
   np.testing.assert_array_equal(jax.jit(jax.grad(loss))(student).kernel[:, 0].astype(np.float32), tokens)
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_a_product_added_in_blocks_is_the_product(dtype):
+  rng = np.random.default_rng(0)
+  left, right = (jnp.asarray(rng.normal(size=(7, size)), dtype) for size in (5, 24))
+  total = jnp.asarray(rng.normal(size=(5, 24)), jnp.float32)
+  parts = jax.jit(lm_head._add_product, static_argnames='blocks')(total, left, right, blocks=4)
+  expected = total + left.astype(jnp.float32).T @ right.astype(jnp.float32)
+  np.testing.assert_allclose(parts, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('vocabulary, blocks', [
+    (151_936, 16), (152_064, 16), (8192, 2), (8191, 1), (2048, 1), (4097, 1),
+])
+def test_vocabularies_fall_into_equal_blocks(vocabulary, blocks):
+  assert lm_head._blocks(vocabulary) == blocks and vocabulary % blocks == 0
+
+
+def test_a_sweep_on_a_cpu_holds_no_second_gradient_of_the_kernel():
+  tokens, features, entries = 64, 512, 16_384
+  student = Head(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, tokens, features), (features, entries))))
+  targets = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+  loss = lambda s, y: lm_head.reduced(nll, s, y, jnp.ones(y.shape), chunk=8)[0]
+  memory = jax.jit(jax.grad(loss)).lower(student, targets).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < features * entries * 4 / 2, memory.temp_size_in_bytes
+
+
 @pytest.mark.parametrize(
   'run, fn, shape, chunk',
   [
