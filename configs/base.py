@@ -101,6 +101,11 @@ def divergence(name='forward_kl', weight=1.0, *, temperature=1.0, scaled=False, 
   )
 
 
+def top_k(name='forward_kl', weight=1.0, *, policy='tail', rows='all', **options):
+  """A divergence to a cached teacher."""
+  return term('top_k', weight, rows=rows, name=name, policy=policy, options=options)
+
+
 def hidden(feature='cosine', weight=1.0, *, layers='skip', projector='learned'):
   return term('hidden', weight, feature=feature, layers=layers, projector=projector)
 
@@ -145,8 +150,9 @@ def sft(data, batch, *, head_chunk=None):
   return ConfigDict(dict(name='sft', data=data, batch=batch, head_chunk=head_chunk))
 
 
-def distill(teacher, data, batch, loss):
-  return ConfigDict(dict(name='distill', teacher=teacher, data=data, batch=batch, loss=loss))
+def distill(teacher, data, batch, loss, *, cache=''):
+  """teacher may be '' where no term needs its parameters; cache: folder of its predictions, for terms `top_k`."""
+  return ConfigDict(dict(name='distill', teacher=teacher, cache=cache, data=data, batch=batch, loss=loss))
 
 
 def cross_tokenizer(teacher, data, batch, *, teacher_length, chunk_loss='binary_kl', chunk_options=None, **weights):
@@ -181,9 +187,21 @@ def grpo(data, rollouts, *, kl=0.0, reference='', clip_high=0.2):
   ))
 
 
-def annotate(teacher, data, sampling, *, batch_size=256, chunk=256):
+def annotate(teacher, data, sampling, *, batch_size=256, chunk=256, cache_k=0):
+  """cache_k above 0 caches so many of the teacher's next tokens for the right annotations, in WORKDIR/cache."""
   return ConfigDict(dict(
-      teacher=teacher, data=data, sampling=sampling, batch_size=batch_size, chunk=chunk, mesh=(), progress=True,
+      teacher=teacher, data=data, sampling=sampling, batch_size=batch_size, chunk=chunk, cache_k=cache_k, mesh=(),
+      progress=True,
+  ))
+
+
+def cache_teacher(
+    teacher, data, *, k=64, temperature=1.0, tokenizer='', batch_tokens=4096, chunk=256, measured_tokens=256,
+):
+  """The next tokens that a teacher expects in what students will learn; tokenizer '' is the teacher's own."""
+  return ConfigDict(dict(
+      teacher=teacher, tokenizer=tokenizer, data=data, k=k, temperature=temperature, batch_tokens=batch_tokens,
+      chunk=chunk, measured_tokens=measured_tokens, mesh=(), progress=True,
   ))
 
 

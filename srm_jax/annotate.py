@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from srm_jax import checkpoints, metrics, schema, sharding
+from srm_jax import cache_teacher, checkpoints, metrics, schema, sharding
 from srm_jax.data import records
 from srm_jax.inference import make_generate
 from srm_jax.models.config import forward_flops
@@ -20,17 +20,24 @@ from srm_jax.train import resolve
 from srm_jax.types import SamplingParams
 
 RECORDS = 'annotations.jsonl'
+CACHE = 'cache'  # folder
+BATCH_TOKENS, MEASURED_TOKENS = 4096, 256  # of a cache beside annotations
 
 
 @dataclasses.dataclass(frozen=True)
 class AnnotateConfig:
-  """teacher: workdir of a trained model. chunk: problems between two writes, and so what a killed run loses at most."""
+  """teacher: workdir of a trained model. chunk: problems between two writes, and so what a killed run loses at most.
+
+  cache_k: above 0, the teacher's k likeliest next tokens are cached for the right annotations, as students read them
+  with data.target 'completion', in `workdir`/cache; `cache_teacher` has more choices.
+  """
 
   teacher: str
   data: DataConfig
   sampling: SamplingParams
   batch_size: int
   chunk: int
+  cache_k: int
   mesh: tuple
   progress: bool
 
@@ -38,7 +45,8 @@ class AnnotateConfig:
 class Annotations(NamedTuple):
   """A finished annotation: its file and what it says in sum.
 
-  summary: problems, samples, correct, solved (problems with a right sample), sampled_tokens, flops.
+  summary: problems, samples, correct, solved (problems with a right sample), sampled_tokens, flops; with cache_k,
+  cache: the summary of `cache_teacher`.
   """
 
   path: pathlib.Path
@@ -60,7 +68,9 @@ def annotate(config: ml_collections.ConfigDict, workdir) -> Annotations:
     tracked = {key: value for key, value in plain.items() if key != 'progress'}
     checkpoints.claim(workdir, tracked)
     _sample(parsed, teacher, workdir / RECORDS, records.content_hash(tracked))
-  summary = _summary(records.read(workdir / RECORDS), teacher.config)
+    summary = _summary(records.read(workdir / RECORDS), teacher.config)
+    if parsed.cache_k:
+      summary['cache'] = _cache(parsed, teacher, workdir).summary
   (workdir / 'summary.json').write_text(json.dumps(summary, indent=1))
   return Annotations(workdir / RECORDS, summary)
 
@@ -81,6 +91,15 @@ def _sample(config: AnnotateConfig, teacher, path, config_hash):
       flat = [one for group in groups for one in group]
       records.append(path, [_record(one, config.sampling, source, config_hash) for one in flat])
       bar.advance(len(part), correct=sum(one.reward == 1.0 for one in flat) / len(flat))
+
+
+def _cache(config: AnnotateConfig, teacher, workdir) -> cache_teacher.Cached:
+  data = dataclasses.replace(config.data, records=str(workdir / RECORDS), target='completion')
+  section = cache_teacher.CacheConfig(
+      teacher=config.teacher, tokenizer='', data=data, k=config.cache_k, temperature=1.0, batch_tokens=BATCH_TOKENS,
+      chunk=config.chunk, measured_tokens=MEASURED_TOKENS, mesh=config.mesh, progress=config.progress,
+  )
+  return cache_teacher.write(section, teacher, workdir / CACHE)
 
 
 def _record(graded: Graded, sampling: SamplingParams, source, config_hash) -> records.Annotation:

@@ -24,10 +24,12 @@ from srm_jax.data import tokenizer as tokenizers
 from srm_jax.models import adapters, transformer
 from srm_jax.models.config import TransformerConfig, forward_flops, train_flops
 from srm_jax.models.families import PRESETS
-from srm_jax.recipes import adapted, cross_tokenizer, distill, on_policy, on_policy_distill, policy_gradient, sft
+from srm_jax.recipes import (
+    adapted, cached, cross_tokenizer, distill, on_policy, on_policy_distill, policy_gradient, sft,
+)
 from srm_jax.train import TrainConfig, resolve, trained_names
 from srm_jax.train_step import build_train_step, init_state
-from srm_jax.types import Batch, Objective, Rollouts, TrainState
+from srm_jax.types import Batch, CachedBatch, Objective, Rollouts, TrainState
 
 GIB = 2**30
 
@@ -95,7 +97,7 @@ class _Abstract(NamedTuple):
 
   objective: Objective
   frozen: Mapping[str, TransformerConfig]
-  batch: Batch | Rollouts
+  batch: Batch | CachedBatch | Rollouts
   extra_params: Callable | None = None
 
 
@@ -292,11 +294,20 @@ def _shape_of(folder: str, student: TransformerConfig) -> TransformerConfig:
 
 def _distill(section, model) -> _Abstract:
   config = schema.parse(distill.DistillConfig, section, 'config.recipe')
-  teacher = _shape_of(config.teacher, model)
+  folder = distill.resident_teacher(config)
+  teacher = _shape_of(folder, model) if folder else None
+  there = cached.read_identity(config.cache) if config.cache else None
+  cached.check(distill.open_terms(config.loss, model, teacher), there, model.vocab_size)
+  batch = _batch(config.batch.size, config.batch.length)
   return _Abstract(
-      distill.objective(config.loss, model, teacher), {'teacher': teacher},
-      _batch(config.batch.size, config.batch.length), distill.projectors(config.loss, model, teacher),
+      distill.objective(config.loss, model, teacher), {'teacher': teacher} if folder else {},
+      _with_known(batch, there.k) if there else batch, distill.projectors(config.loss, model, teacher),
   )
+
+
+def _with_known(batch: Batch, k: int) -> CachedBatch:
+  ids, logprobs = (jax.ShapeDtypeStruct((*batch.inputs.shape, k), dtype) for dtype in (jnp.int32, jnp.float32))
+  return CachedBatch(batch, {'ids': ids, 'logprobs': logprobs, 'tail': batch.loss_mask})
 
 
 def _cross_tokenizer(section, model) -> _Abstract:

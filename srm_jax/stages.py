@@ -1,9 +1,10 @@
-"""A line of stages: training, annotation and evaluation runs that feed each other, each run once.
+"""A line of stages: training, annotation, caching and evaluation runs that feed each other, each run once.
 
 A pipeline config names its stages, and their order (a ConfigDict sorts its keys):
 
   config.order = ('NAME', ...)
-  config.stages.NAME = {'run': 'tokenizer' | 'train' | 'annotate' | 'evaluate' | 'select' | 'given', 'config': {...}}
+  config.stages.NAME = {'run': 'tokenizer' | 'train' | 'annotate' | 'cache' | 'evaluate' | 'select' | 'given',
+                         'config': {...}}
 
 Inside a stage's config the string '{NAME}' stands for the workdir of an earlier stage, and '{NAME}/file' for a file in
 it. A stage lives in <workdir>/NAME-<hash of its resolved config>, so sweeps over later stages share the earlier ones,
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 
 from srm_jax import checkpoints, schema
 from srm_jax.annotate import AnnotateConfig, annotate
+from srm_jax.cache_teacher import CacheConfig, cache_teacher
 from srm_jax.data import tokenizer as tokenizers
 from srm_jax.data.records import content_hash
 from srm_jax.evaluate import evaluate, open_config
@@ -95,6 +97,11 @@ def _annotate(config, workdir, done):
   return workdir, annotate(config, workdir).summary
 
 
+def _cache(config, workdir, done):
+  del done
+  return workdir, cache_teacher(config, workdir).summary
+
+
 def _evaluate(config, workdir, done):
   del done
   results = evaluate(config, workdir).results
@@ -129,14 +136,15 @@ CHECKS: dict[str, Callable] = {
     'tokenizer': lambda config, where: schema.parse(TokenizerConfig, config, where),
     'train': _check_train,
     'annotate': lambda config, where: schema.parse(AnnotateConfig, config, where),
+    'cache': lambda config, where: schema.parse(CacheConfig, config, where),
     'evaluate': open_config,
     'select': lambda config, where: schema.parse(SelectConfig, config, where),
     'given': lambda config, where: schema.parse(GivenConfig, config, where),
 }
 
 RUNNERS: dict[str, Callable] = {
-    'tokenizer': _tokenizer, 'train': _train, 'annotate': _annotate, 'evaluate': _evaluate, 'select': _select,
-    'given': _given,
+    'tokenizer': _tokenizer, 'train': _train, 'annotate': _annotate, 'cache': _cache, 'evaluate': _evaluate,
+    'select': _select, 'given': _given,
 }
 
 

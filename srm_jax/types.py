@@ -63,6 +63,16 @@ class Rollouts(NamedTuple):
   sampled: Array | None = None
 
 
+class CachedBatch(NamedTuple):
+  """A Batch with what a cached teacher predicts at its supervised positions; what stands elsewhere means nothing.
+
+  known: ids int32 [B, T, k], ascending; logprobs float32 [B, T, k]; tail float32 [B, T], the mass of all other tokens.
+  """
+
+  batch: Batch
+  known: Mapping[str, Array]
+
+
 class TrainState(NamedTuple):
   """step: int32 scalar; params: {'model': ..., 'projectors': ...}; opt_state: optax; ema: like params, or None."""
 
@@ -94,7 +104,7 @@ class Objective(NamedTuple):
 class Source(NamedTuple):
   """Where batches come from.
 
-  next(params, step) -> Batch | Rollouts; a data set ignores params, a rollout source samples with them
+  next(params, step) -> Batch | CachedBatch | Rollouts; a data set ignores params, a rollout source samples with them
   and keeps no reference to them past the call.
   get_state() -> JSON-serialisable cursor; set_state(state) restores it exactly.
   """

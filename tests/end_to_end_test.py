@@ -32,7 +32,7 @@ CONFIGS = sorted(
 
 def open_config(config):
   """Parses a config as what its keys say that it is."""
-  kinds = {'stages': None, 'recipe': 'train', 'strategies': 'evaluate', 'sampling': 'annotate'}
+  kinds = {'stages': None, 'recipe': 'train', 'strategies': 'evaluate', 'sampling': 'annotate', 'k': 'cache'}
   kind = next(key for key in kinds if key in config)
   return stages.check(config) if kind == 'stages' else stages.CHECKS[kinds[kind]](resolve(config), 'config')
 

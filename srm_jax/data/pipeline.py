@@ -121,8 +121,6 @@ def dataset_source(
   Raises:
     ValueError: no example, one longer than a row, a batch without supervised token, a state of other data or settings.
   """
-  if batch_size % process_count:
-    raise ValueError(f'batch_size {batch_size} does not divide over {process_count} hosts; choose a multiple of it')
   schedule = Schedule(examples, batch_size=batch_size, length=length, seed=seed, plan=plan)
   return scheduled_source(schedule, prefetch=prefetch, process_index=process_index, process_count=process_count)
 
@@ -136,6 +134,9 @@ def scheduled_source(
   assemble: this host's part of the bin table -> what `next` returns, a record of arrays with these rows in front; None
   for their Batch. It is called by the prefetching thread.
   """
+  size = schedule.batch_size
+  if size % process_count:
+    raise ValueError(f'batch_size {size} does not divide over {process_count} hosts; choose a multiple of it')
   if assemble is None:
     def assemble(rows):
       return packing.lay_out(schedule.examples, rows, schedule.length)

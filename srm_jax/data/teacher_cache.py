@@ -215,6 +215,17 @@ def _require_same(folder, manifest, identity):
     raise ValueError(f'teacher cache {folder}: {listed}; fix: {fixes}, or write a cache in another folder')
 
 
+def identity_of(folder) -> Identity:
+  """What a cache was made with, finished or not.
+
+  Raises:
+    FileNotFoundError: no manifest.
+    ValueError: it is damaged.
+  """
+  written = teacher_shards.load_manifest(pathlib.Path(folder)).identity
+  return Identity(**{field.name: written[field.name] for field in dataclasses.fields(Identity)})
+
+
 def verify(folder) -> Contents:
   """Reads every byte of a cache, finished or not.
 

@@ -60,8 +60,9 @@ def make_top_tokens(
     ).hidden
 
   def top(batch):
+    hidden, kernel = hidden_states(cast, _placed(batch)), _unembedding(cast, vocab_size)
     options = dict(k=k, temperature=temperature, chunk=chunk or _chunk(batch, vocab_size))
-    found = _top(hidden_states(cast, _placed(batch)), _placed(batch.loss_mask), _unembedding(cast, vocab_size), **options)
+    found = _top(hidden, _placed(batch.loss_mask), kernel, **options)
     supervised = batch.loss_mask > 0
     return tuple(np.asarray(field)[supervised] for field in jax.device_get(found))
 

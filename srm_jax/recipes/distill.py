@@ -21,8 +21,8 @@ from srm_jax import schema, sharding
 from srm_jax.losses import cross_entropy, lm_head
 from srm_jax.models import heads
 from srm_jax.models.config import TransformerConfig
-from srm_jax.recipes import schedules
-from srm_jax.recipes.context import BatchConfig, Context, DataConfig, dataset, forward, load_teacher
+from srm_jax.recipes import cached, schedules
+from srm_jax.recipes.context import BatchConfig, Context, DataConfig, forward, load_teacher
 from srm_jax.recipes.layer_terms import LAYER_TERMS, LayerTerm
 from srm_jax.recipes.policy_terms import POLICY_TERMS, PolicyTerm
 from srm_jax.recipes.token_terms import TOKEN_TERMS, Tokens, TokenTerm
@@ -55,8 +55,11 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
+  """teacher: '' where no term needs its parameters. cache: folder of what it predicts, for terms `top_k`, or ''."""
+
   name: str
   teacher: str
+  cache: str
   data: DataConfig
   batch: BatchConfig
   loss: LossConfig
@@ -263,11 +266,24 @@ def projectors(loss: LossConfig, student: TransformerConfig, teacher: Transforme
   return make
 
 
+def resident_teacher(config: DistillConfig) -> str:
+  """The teacher whose parameters the terms read: none where a cache is enough for them."""
+  where = 'loss.terms.{}'.format
+  kinds = {schema.parse(TermConfig, section, where(name)).kind for name, section in config.loss.terms.items()}
+  return '' if config.cache and kinds <= {*WITHOUT_TEACHER} else config.teacher
+
+
 def build(section, context: Context) -> Recipe:
   """Opens config.recipe for distillation on a data set."""
   config = schema.parse(DistillConfig, section, 'config.recipe')
-  teacher = load_teacher(config.teacher, context)
+  folder = resident_teacher(config)
+  teacher = load_teacher(folder, context) if folder else None
+  models = (context.model, teacher and teacher.config)
+  terms = open_terms(config.loss, *models)
+  source, there = cached.open_source(config.data, config.batch, context, config.cache, config.teacher)
+  cached.check(terms, there, context.model.vocab_size)
+  made = objective(config.loss, *models)
   return Recipe(
-      objective(config.loss, context.model, teacher.config), dataset(config.data, config.batch, context),
-      {'teacher': (teacher.config, teacher.params)}, projectors(config.loss, context.model, teacher.config),
+      made._replace(resolved={**made.resolved, **cached.spoken(there)}), source,
+      {'teacher': (teacher.config, teacher.params)} if teacher else {}, projectors(config.loss, *models),
   )

@@ -134,6 +134,15 @@ def test_another_identity_is_refused_for_reading_and_for_writing(tmp_path, chang
   assert len(open_cache(tmp_path, identity_of(examples, temperature=1, k=np.int64(K)))) == 11
 
 
+def test_the_identity_is_read_back(tmp_path):
+  examples = make_examples()
+  with pytest.raises(InterruptedError):
+    write(tmp_path, examples, stop=6, temperature=2)
+  assert teacher_cache.identity_of(tmp_path) == identity_of(examples, temperature=2.0)
+  with pytest.raises(FileNotFoundError, match='give the folder of a teacher cache'):
+    teacher_cache.identity_of(tmp_path / 'elsewhere')
+
+
 def test_another_codec_is_refused(tmp_path, monkeypatch):
   examples = make_examples()
   write(tmp_path, examples)
