@@ -1,7 +1,7 @@
 """Terms of a loss that compare layers of student and teacher: hidden states, relations between tokens, alignment."""
 
 import dataclasses
-import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -80,11 +80,17 @@ def layer_map(layers: str | Sequence, student: int, teacher: int, where: str = '
   'skip' spreads the student's layers evenly, 'last' aligns the tops, 'final' takes the last layer alone.
 
   Raises:
-    ConfigError: an unknown name, or a layer that one of the models does not have.
+    ConfigError: neither a known name nor pairs, a layer that one of the models does not have, or one of the student
+      twice.
   """
   if isinstance(layers, str):
     return schema.choose(where, layers, LAYER_MAPS)(student, teacher)
-  pairs = [(int(s), int(t)) for s, t in layers]
+  try:
+    pairs = [(operator.index(s), operator.index(t)) for s, t in layers]
+  except (TypeError, ValueError) as error:
+    raise schema.ConfigError(
+        f'{where} is {layers!r}; give pairs ((student, teacher), ...) or a name from {sorted(LAYER_MAPS)}'
+    ) from error
   for s, t in pairs:
     if not (0 <= s < student and 0 <= t < teacher):
       raise schema.ConfigError(
@@ -136,7 +142,7 @@ def _relations(options, where, student, teacher) -> LayerTerm:
     gaps = [relation(layer(ours, s), layer(theirs, t), batch.segment_ids) for s, t in pairs]
     return sum(gaps) / len(gaps)
 
-  _try(functools.partial(relation, block=2), student, teacher, where)
+  _try(relation, student, teacher, where)
   return LayerTerm(fn, ('q', 'k', 'v'), None, False, f'{config.relation} relations over layers {pairs}')
 
 
@@ -149,7 +155,7 @@ def _try(relation, student, teacher, where):
 
   try:
     jax.eval_shape(relation, taps(student), taps(teacher), jax.ShapeDtypeStruct((1, 2), 'int32'))
-  except ValueError as error:
+  except (TypeError, ValueError) as error:
     raise schema.ConfigError(f'{where}: {error}') from error
 
 
