@@ -61,15 +61,18 @@ def from_data(batch: Batch) -> Rollouts:
   )
 
 
-def beside(rollouts: Rollouts, batch: Batch) -> Rollouts:
-  """Sampled rows and, after them, rows of a data set, padded to the longer of the two.
+def all_sampled(rollouts: Rollouts) -> Rollouts:
+  """The same rows with the fields of `from_data`: `sampled` 1, advantages 0 where there were none."""
+  advantages = np.zeros_like(rollouts.sampler_logprobs) if rollouts.advantages is None else rollouts.advantages
+  return rollouts._replace(advantages=advantages, sampled=np.ones_like(rollouts.rewards))
 
-  Rows alternate as evenly as they can, so that every microbatch has some of both.
+
+def beside(rollouts: Rollouts, batch: Batch) -> Rollouts:
+  """Sampled rows and rows of a data set in one batch, padded to the longer of the two.
+
+  Rows alternate as evenly as they can, so that every device has some of both.
   """
-  data = from_data(batch)
-  sampled = rollouts._replace(sampled=np.ones_like(rollouts.rewards))
-  if sampled.advantages is None:
-    sampled = sampled._replace(advantages=np.zeros_like(sampled.sampler_logprobs))
+  sampled, data = all_sampled(rollouts), from_data(batch)
   length = max(part.batch.inputs.shape[1] for part in (sampled, data))
   places = np.concatenate([(np.arange(len(part.rewards)) + 0.5) / len(part.rewards) for part in (sampled, data)])
   order = np.argsort(places, kind='stable')

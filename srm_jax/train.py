@@ -124,6 +124,8 @@ def _setup(config: TrainConfig, mesh) -> _Setup:
   if config.adapters.rank:
     adapted.check(model, config.adapters)
   recipe = build(config.recipe, context)
+  if config.microbatches > 1 and recipe.objective.indivisible:
+    raise schema.ConfigError(f'config.microbatches={config.microbatches}, but {recipe.objective.indivisible}; fix: 1')
   names = trained_names(config, model)
   if recipe.extra_params is not None:
     extra = jax.eval_shape(recipe.extra_params, jax.random.key(0))

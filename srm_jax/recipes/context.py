@@ -154,24 +154,25 @@ def dataset(data: DataConfig, batch: BatchConfig, context: Context) -> Source:
   )
 
 
-def load_teacher(folder: str, context: Context) -> checkpoints.Model:
+def load_teacher(folder: str, context: Context, *, otherwise: str = '') -> checkpoints.Model:
   """A frozen model in the student's compute dtype that shares the student's vocabulary (the rows with which either
-  pads it do not count).
+  pads it do not count). otherwise: what to do where it does not.
 
   Raises:
     ConfigError: its tokenizer is another one.
   """
   teacher = checkpoints.load_model(folder, dtype=context.model.dtype)
-  require_same_vocabulary(f'teacher {folder}', teacher.tokenizer, 'the student', context.tokenizer)
+  names = (f'teacher {folder}', teacher.tokenizer, 'the student', context.tokenizer)
+  require_same_vocabulary(*names, otherwise=otherwise)
   return teacher
 
 
-def require_same_vocabulary(name: str, tokenizer: Tokenizer, other_name: str, other: Tokenizer):
+def require_same_vocabulary(name: str, tokenizer: Tokenizer, other_name: str, other: Tokenizer, *, otherwise=''):
   """Raises ConfigError where two models' ids do not mean the same pieces."""
   if tokenizer.fingerprint != other.fingerprint and not same_vocabulary(tokenizer, other):
     raise schema.ConfigError(
         f'{name} has tokenizer {tokenizer.name} of {tokenizer.vocab_size} pieces, {other_name} {other.name} of '
-        f'{other.vocab_size}; logits can only be compared over one vocabulary'
+        f'{other.vocab_size}; logits can only be compared over one vocabulary{otherwise and "; fix: " + otherwise}'
     )
 
 

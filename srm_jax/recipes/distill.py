@@ -11,6 +11,7 @@ arXiv:1908.09355; Wang et al., MiniLMv2, arXiv:2012.15828; Ko et al., DistiLLM, 
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -30,11 +31,16 @@ from srm_jax.types import Batch, Mean, Objective, Recipe, Rollouts
 
 ROWS = ('all', 'data', 'samples')
 WITHOUT_TEACHER = ('cross_entropy', 'top_k')  # kinds
+# What a run reports besides its terms, under names of their own; 'tokens' is all token terms together.
+TAKEN = (
+    'tokens', 'loss', 'grad_norm', 'finite', 'step', 'flops', 'seconds_per_step', 'reward', 'completion_tokens',
+    'unscorable',
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class TermConfig:
-  """kind: from TOKEN_TERMS, POLICY_TERMS or LAYER_TERMS. weight: a number or a schedule; at 0 the term is only measured.
+  """kind: from TOKEN_TERMS, POLICY_TERMS or LAYER_TERMS. weight: a number or a schedule; at 0 it is only measured.
 
   rows: whose tokens it counts: 'all', those of the 'data', or the 'samples' of the student. options: of the kind.
   """
@@ -66,9 +72,12 @@ class DistillConfig:
 
 
 class _Term(NamedTuple):
+  """learnt: its weight is not 0 throughout."""
+
   config: TermConfig
   weight: schedules.Schedule
   term: TokenTerm | PolicyTerm | LayerTerm
+  learnt: bool
 
 
 class Prepared(NamedTuple):
@@ -90,11 +99,13 @@ def open_terms(loss: LossConfig, student: TransformerConfig, teacher: Transforme
   """The terms of a loss, checked against the two models.
 
   Raises:
-    ConfigError: no term, an unknown kind, name or option, or one that the models do not fit.
+    ConfigError: no term, a name that is taken, an unknown kind, name or option, or one that the models do not fit.
   """
   kinds, terms = {**TOKEN_TERMS, **POLICY_TERMS, **LAYER_TERMS}, {}
   for name, section in loss.terms.items():
     where = f'loss.terms.{name}'
+    if name in TAKEN:
+      raise schema.ConfigError(f'{where}: a run reports something else as {name!r}; fix: another name for the term')
     config = schema.parse(TermConfig, section, where)
     build = schema.choose(f'{where}.kind', config.kind, kinds)
     schema.choose(f'{where}.rows', config.rows, dict.fromkeys(ROWS))
@@ -102,18 +113,22 @@ def open_terms(loss: LossConfig, student: TransformerConfig, teacher: Transforme
       raise schema.ConfigError(f"{where}: {config.kind!r} needs a teacher; fix: kind 'top_k' reads a cached one")
     models = (student, teacher) if config.kind in LAYER_TERMS else ()
     term = build(config.options, f'{where}.options', *models)
-    terms[name] = _Term(config, schedules.schedule(config.weight, f'{where}.weight'), term)
-  if not any(one.config.weight != 0 for one in terms.values()):
+    weight = schedules.schedule(config.weight, f'{where}.weight')
+    terms[name] = _Term(config, weight, term, any(schedules.ends(config.weight)))
+  if not any(one.learnt for one in terms.values()):
     raise schema.ConfigError(f'loss.terms {sorted(terms)} have no weight; nothing would be learnt')
   return terms
 
 
-def objective(loss: LossConfig, student: TransformerConfig, teacher: TransformerConfig | None) -> Objective:
+def objective(
+    loss: LossConfig, student: TransformerConfig, teacher: TransformerConfig | None, *, temperature=1.0
+) -> Objective:
   """The weighted sum of terms on a batch, wherever it came from.
 
   Args:
     loss: section `recipe.loss`.
     student, teacher: configs; teacher None where only a cache of it is read.
+    temperature: at which the tokens of policy terms were sampled.
   """
   terms = open_terms(loss, student, teacher)
   token_terms, policy_terms, layer_terms = (_of(terms, kind) for kind in (TokenTerm, PolicyTerm, LayerTerm))
@@ -134,7 +149,7 @@ def objective(loss: LossConfig, student: TransformerConfig, teacher: Transformer
     if token_terms:
       found['tokens'], metrics = _sweep(token_terms, prepared, ours, theirs, kernels, loss.head_chunk)
     if policy_terms:
-      logprobs = _logprobs(prepared, ours, theirs, kernels, loss.head_chunk)
+      logprobs = _logprobs(prepared, ours, theirs, kernels, loss.head_chunk, temperature)
     for name, one in policy_terms.items():
       values = one.term.fn(logprobs['student'], logprobs['teacher'], prepared.rollouts, prepared.masks[name])
       found[name], metrics[name] = _totals(values, name, prepared)
@@ -184,7 +199,7 @@ def _heads(student, teacher, params, frozen):
 
 def _sweep(terms: Mapping[str, _Term], prepared: Prepared, ours, theirs, kernels, chunk):
   """(total, {term: Mean}) of all token terms."""
-  learnt = [name for name, one in terms.items() if one.config.weight != 0]
+  learnt = [name for name, one in terms.items() if one.learnt]
   needs_teacher = any(one.term.teacher for one in terms.values())
 
   def token_loss(student_logits, teacher_logits, given, *, axis_name):
@@ -210,12 +225,12 @@ def _sweep(terms: Mapping[str, _Term], prepared: Prepared, ours, theirs, kernels
   return total, {name: Mean(value, jnp.sum(prepared.masks[name])) for name, value in sums.items()}
 
 
-def _logprobs(prepared: Prepared, ours, theirs, kernels, chunk):
+def _logprobs(prepared: Prepared, ours, theirs, kernels, chunk, temperature):
   """{'student': [B, T], 'teacher': [B, T]} log-probabilities of the targets; gradients flow to the student."""
 
   def fn(student_logits, teacher_logits, targets, *, axis_name):
-    pairs = (('student', student_logits), ('teacher', teacher_logits))
-    return {name: cross_entropy.token_logprobs(logits, targets, axis_name=axis_name) for name, logits in pairs}
+    logprobs = functools.partial(cross_entropy.token_logprobs, temperature=temperature, axis_name=axis_name)
+    return {'student': logprobs(student_logits, targets), 'teacher': logprobs(teacher_logits, targets)}
 
   return lm_head.per_token(
       fn, lm_head.Head(ours.hidden, kernels[0]), prepared.batch.targets,
@@ -234,7 +249,8 @@ def _layers(term: LayerTerm, name: str, prepared: Prepared, ours, theirs, projec
   """(total, Mean) of one layer term."""
   gaps = term.fn(ours, jax.lax.stop_gradient(theirs), projectors, prepared.batch, prepared.masks[name])
   if term.coupled:
-    return gaps * jnp.sum(prepared.weights[name]), Mean(gaps, jnp.ones(()))
+    any_row = jnp.any(prepared.masks[name] > 0).astype(jnp.float32)
+    return gaps * jnp.sum(prepared.weights[name]), Mean(gaps * any_row, any_row)
   return _totals(gaps, name, prepared)
 
 
@@ -243,9 +259,9 @@ def _resolved(terms: Mapping[str, _Term]):
     rows = '' if one.config.rows == 'all' else f' on {one.config.rows}'
     return f'{schedules.spoken(one.config.weight)} {one.term.spoken}{rows}'
 
-  measured = [one.term.spoken for one in terms.values() if one.config.weight == 0]
+  measured = [one.term.spoken for one in terms.values() if not one.learnt]
   resolved = {
-      'loss': ' + '.join(spoken(one) for one in terms.values() if one.config.weight != 0),
+      'loss': ' + '.join(spoken(one) for one in terms.values() if one.learnt),
       'denominator': "supervised tokens of the global batch, of each term's own rows",
       'mask': 'completion and end-of-text',
   }
@@ -266,6 +282,16 @@ def projectors(loss: LossConfig, student: TransformerConfig, teacher: Transforme
   return make
 
 
+def _check_rows(terms: Mapping[str, _Term]):
+  """Raises ConfigError where a term counts rows that never come."""
+  for name, one in terms.items():
+    if isinstance(one.term, PolicyTerm) or one.config.rows == 'samples':
+      raise schema.ConfigError(
+          f'loss.terms.{name} counts what the student samples (kind {one.config.kind!r}, rows {one.config.rows!r}), '
+          "and this recipe reads a data set; fix: recipe 'on_policy_distill'"
+      )
+
+
 def resident_teacher(config: DistillConfig) -> str:
   """The teacher whose parameters the terms read: none where a cache is enough for them."""
   where = 'loss.terms.{}'.format
@@ -277,9 +303,11 @@ def build(section, context: Context) -> Recipe:
   """Opens config.recipe for distillation on a data set."""
   config = schema.parse(DistillConfig, section, 'config.recipe')
   folder = resident_teacher(config)
-  teacher = load_teacher(folder, context) if folder else None
+  otherwise = "a teacher of the student's tokenizer, or recipe 'cross_tokenizer'"
+  teacher = load_teacher(folder, context, otherwise=otherwise) if folder else None
   models = (context.model, teacher and teacher.config)
   terms = open_terms(config.loss, *models)
+  _check_rows(terms)
   source, there = cached.open_source(config.data, config.batch, context, config.cache, config.teacher)
   cached.check(terms, there, context.model.vocab_size)
   made = objective(config.loss, *models)

@@ -21,10 +21,10 @@ import numpy as np
 
 from srm_jax import schema
 from srm_jax.losses.advantages import ADVANTAGES
-from srm_jax.recipes import distill, on_policy, schedules
+from srm_jax.recipes import cached, distill, on_policy, schedules
 from srm_jax.recipes.context import BatchConfig, Context, DataConfig, dataset, load_teacher
 from srm_jax.recipes.policy_terms import PolicyTerm
-from srm_jax.rollout import beside, from_data
+from srm_jax.rollout import all_sampled, beside, from_data
 from srm_jax.types import Objective, Recipe, Source
 
 
@@ -59,23 +59,26 @@ class OnPolicyDistillConfig:
   mixing: MixConfig | None
 
 
-def objective(loss: distill.LossConfig, student, teacher) -> Objective:
-  """The objective of `distill` on Rollouts, with rollout metrics."""
-  inner = distill.objective(loss, student, teacher)
+def objective(loss: distill.LossConfig, student, teacher, *, temperature=1.0) -> Objective:
+  """The objective of `distill` on Rollouts sampled at `temperature` (0 is greedy), with rollout metrics."""
+  inner = distill.objective(loss, student, teacher, temperature=temperature or 1.0)
 
   def terms(params, prepared: distill.Prepared, frozen, rng):
     found, metrics = inner.terms(params, prepared, frozen, rng)
     return found, {**metrics, **on_policy.metrics(prepared.rollouts._replace(batch=prepared.batch))}
 
-  return inner._replace(terms=terms, resolved={**inner.resolved, 'mask': 'tokens that the student sampled, and data'})
+  resolved = {'mask': 'tokens that the student sampled, and data', 'sampling temperature': temperature}
+  return inner._replace(terms=terms, resolved={**inner.resolved, **resolved})
 
 
 def _alternate(mixing: MixConfig, sampled: Source, data: Source, seed: int):
   fraction = schedules.schedule(mixing.fraction, 'config.recipe.mixing.fraction')
+  if not all(0 <= end <= 1 for end in schedules.ends(mixing.fraction)):
+    raise schema.ConfigError(f'config.recipe.mixing.fraction is {mixing.fraction!r}; expected shares from 0 to 1')
 
   def draw(params, step: int):
     draws = float(np.random.default_rng((seed, step)).random()) < float(fraction(step))
-    return sampled.next(params, step) if draws else from_data(data.next(params, step))
+    return all_sampled(sampled.next(params, step)) if draws else from_data(data.next(params, step))
 
   return draw
 
@@ -92,7 +95,7 @@ def _mixed(config: OnPolicyDistillConfig, sampled: Source, context: Context) -> 
   """The sampled source, with rows of data in between or beside."""
   if config.mixing is None:
     return sampled
-  make = schema.choose('mixing.mix', config.mixing.mix, MIXES)
+  make = schema.choose('config.recipe.mixing.mix', config.mixing.mix, MIXES)
   data = dataset(config.mixing.data, config.mixing.batch, context)
   draw = make(config.mixing, sampled, data, context.seed)
 
@@ -121,12 +124,17 @@ def build(section, context: Context) -> Recipe:
   teacher = load_teacher(config.teacher, context)
   terms = distill.open_terms(config.loss, context.model, teacher.config)
   _check_rows(config, terms)
-  advantage = schema.bind('advantage', config.advantage.name, config.advantage.options, ADVANTAGES)
+  cached.check(terms, None, context.model.vocab_size)
+  cached.check(terms, None, context.model.vocab_size)  # what the student samples is in no cache
+  advantage = schema.bind(
+      'advantage', config.advantage.name, config.advantage.options, ADVANTAGES, given=('valid',)
+  )
   rewarded = any(isinstance(one.term, PolicyTerm) and one.term.rewarded for one in terms.values())
   sampled = on_policy.source(
       config.rollouts, config.data, context, advantage=advantage if rewarded else None
   )
   return Recipe(
-      objective(config.loss, context.model, teacher.config), _mixed(config, sampled, context),
+      objective(config.loss, context.model, teacher.config, temperature=config.rollouts.temperature),
+      _mixed(config, sampled, context),
       {'teacher': (teacher.config, teacher.params)}, distill.projectors(config.loss, context.model, teacher.config),
   )

@@ -103,31 +103,31 @@ BATCH_FEATURES = {'linear_cka': linear_cka}
 
 
 def _relation(a, b, segment_ids):
-  """[B, H, T, T] of a, b [B, T, H, D]."""
+  """Its logarithm, [B, H, T, T], of a, b [B, T, H, D]."""
   places = jnp.arange(a.shape[1])
   seen = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (places[None, :, None] >= places[None, None, :])
   scores = jnp.einsum('bthd,bshd->bhts', a, b) / np.sqrt(a.shape[-1])
-  return jax.nn.softmax(jnp.where(seen[:, None], scores, -1e9))
+  return jax.nn.log_softmax(jnp.where(seen[:, None], scores, -1e9))
 
 
 def _relation_gap(ours, theirs, segment_ids):
   """ours, theirs: (a, b) of `_relation`; the mean over heads, [B, T]."""
-  p, q = _relation(*theirs, segment_ids), _relation(*ours, segment_ids)
-  return jnp.mean(kl(p, jnp.maximum(q, 1e-30)), 1)
+  log_p, log_q = _relation(*theirs, segment_ids), _relation(*ours, segment_ids)
+  return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1), 1)
 
 
 def minilm(ours, theirs, segment_ids):
-  """ours, theirs: (q, k, v)."""
+  """ours, theirs: (q, k, v, ...)."""
   heads = ours[0].shape[2]
   whole = lambda x: jnp.repeat(x, heads // x.shape[2], 2)
-  ours, theirs = ([whole(x) for x in model] for model in (ours, theirs))
+  ours, theirs = ([whole(x) for x in model[:3]] for model in (ours, theirs))
   attention = _relation_gap(ours[:2], theirs[:2], segment_ids)
   return attention + _relation_gap((ours[2], ours[2]), (theirs[2], theirs[2]), segment_ids)
 
 
 def minilm_v2(ours, theirs, segment_ids, *, relation_heads):
   split = lambda x: x.reshape(*x.shape[:2], relation_heads, -1)
-  return sum(_relation_gap((split(s),) * 2, (split(t),) * 2, segment_ids) for s, t in zip(ours, theirs, strict=True))
+  return sum(_relation_gap((split(s),) * 2, (split(t),) * 2, segment_ids) for s, t in zip(ours[:3], theirs[:3]))
 
 
 RELATIONS = {'minilm': minilm, 'minilm_v2': minilm_v2}
@@ -163,3 +163,37 @@ def outputs(config, params, batch, taps=()):
       {'params': params}, batch.inputs, positions=batch.positions, segment_ids=batch.segment_ids, taps=taps
   )
   return found.logits, found.taps
+
+
+def term_values(term, record, mask, ours, theirs, projectors, teacher_logprobs, *, temperature=1.0):
+  """[B, T], or a number, of a term whose section holds numbers, not schedules, and pairs of layers.
+
+  ours, theirs: (logits, taps) of the two models. teacher_logprobs: numpy [B, T], of the targets at the temperature.
+  """
+  options, batch = term['options'], record.batch
+  if term['kind'] == 'cross_entropy':
+    return -logprobs(ours[0], batch.targets)
+  if term['kind'] == 'divergence':
+    t = options['temperature']
+    values = divergence(options['name'], ours[0], theirs[0], temperature=t, **options['options'])
+    return values * t * t if options['scale_by_squared_temperature'] else values
+  if term['kind'] == 'policy':
+    advantages = TEACHER_ADVANTAGES[options['advantage']](
+        teacher_logprobs, record.sampler_logprobs, mask, **options['advantage_options']
+    ) + options['reward_weight'] * record.advantages
+    ratio = jnp.exp((logprobs(ours[0] / temperature, batch.targets) - record.sampler_logprobs) * mask)
+    return -ratio * advantages.astype(np.float32)
+  pairs = [tuple(_layer(*at) for at in ((ours[1], s), (theirs[1], t))) for s, t in options['layers']]
+  if term['kind'] == 'relations':
+    gaps = [RELATIONS[options['relation']](*pair, batch.segment_ids, **options['options']) for pair in pairs]
+  elif term['kind'] == 'hidden':
+    used = [projectors[str(s)] for s, _ in options['layers']]
+    gaps = [FEATURES[options['feature']](s[3] @ w, t[3]) for (s, t), w in zip(pairs, used, strict=True)]
+  else:
+    gaps = [BATCH_FEATURES[options['feature']](s[3], t[3], mask) for s, t in pairs]
+  return sum(gaps) / len(gaps)
+
+
+def _layer(taps, number):
+  """(q, k, v, hidden) of a layer."""
+  return tuple(taps[name][number] for name in ('q', 'k', 'v', 'hidden'))

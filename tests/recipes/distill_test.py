@@ -1,19 +1,29 @@
-"""Distillation: nothing to learn from oneself, which layer follows which, and what the hidden-state term divides by."""
+"""Distillation: nothing to learn from oneself, every term and their sum against plain formulas, and what is refused."""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from configs import base
 from srm_jax import schema
+from srm_jax.data import tokenizer
 from srm_jax.losses.distillation import DIVERGENCES
-from srm_jax.losses.features import FEATURES
+from srm_jax.losses.features import BATCH_FEATURES, FEATURES
 from srm_jax.models import transformer
 from srm_jax.models.config import TransformerConfig
-from srm_jax.recipes import context, distill, layer_terms
+from srm_jax.losses.on_policy_distillation import TEACHER_ADVANTAGES
+from srm_jax.losses.relations import RELATIONS
+from srm_jax.recipes import context, distill
+from srm_jax.train_step import value_and_grad
 from srm_jax.types import Rollouts
 from tests import tiny
+from tests.recipes import dense
+from tests.tiny import tiny_tasks  # noqa: F401
 
 STUDENT = TransformerConfig(64, 2, 16, 2, 2, 8, 32)
 OTHER = TransformerConfig(64, 4, 24, 2, 2, 12, 32)
@@ -67,7 +77,8 @@ def test_weights_temperature_and_rollouts(params):
   """loss = ce * cross-entropy + w T^2 divergence(T), means over supervised tokens; a Rollouts is read as its batch."""
   teacher = jax.tree.map(lambda x: x * 1.5 + 0.02, params)
   config = base.loss(
-      kl=base.divergence('forward_kl', 0.5, temperature=2.0, scaled=True), plain=base.divergence(temperature=2.0, weight=0),
+      kl=base.divergence('forward_kl', 0.5, temperature=2.0, scaled=True),
+      plain=base.divergence(temperature=2.0, weight=0),
       ce=base.term('cross_entropy', 0.25),
   )
   objective = distill.objective(schema.parse(distill.LossConfig, config, 'loss'), STUDENT, STUDENT)
@@ -81,25 +92,6 @@ def test_weights_temperature_and_rollouts(params):
   rollouts = Rollouts(batch, np.zeros_like(batch.loss_mask))
   assert run(rollouts)[0]['tokens'] == terms['tokens']
   assert 'T=2' in objective.resolved['loss'] and 'T=2' in objective.resolved['measured']
-
-
-@pytest.mark.parametrize('name', layer_terms.LAYER_MAPS)
-def test_layer_maps_stay_inside_and_end_at_the_top(name):
-  for student in range(1, 9):
-    for teacher in range(1, 9):
-      pairs = layer_terms.layer_map(name, student, teacher)
-      assert pairs[-1] == (student - 1, teacher - 1)
-      assert all(0 <= s < student and 0 <= t < teacher for s, t in pairs), (student, teacher, pairs)
-      assert pairs == sorted(set(pairs)) and len({s for s, _ in pairs}) == len(pairs)
-
-
-def test_layer_maps_by_hand():
-  assert layer_terms.layer_map('skip', 3, 12) == [(0, 3), (1, 7), (2, 11)]
-  assert layer_terms.layer_map('last', 2, 4) == [(0, 2), (1, 3)]
-  assert layer_terms.layer_map('last', 4, 2) == [(2, 0), (3, 1)]
-  assert layer_terms.layer_map('final', 3, 12) == [(2, 11)]
-  with pytest.raises(schema.ConfigError, match="layers 'frist' unknown"):
-    layer_terms.layer_map('frist', 3, 12)
 
 
 @pytest.mark.parametrize('feature', FEATURES)
@@ -120,7 +112,8 @@ def test_hidden_states_by_hand(params, feature):
 
   terms, ours, theirs = run(trained, teacher)
   distances = [
-      FEATURES[feature](ours[s], theirs[t], projector=trained['projectors']['hidden'][str(s)]) for s, t in ((0, 1), (1, 3))
+      FEATURES[feature](ours[s], theirs[t], projector=trained['projectors']['hidden'][str(s)])
+      for s, t in ((0, 1), (1, 3))
   ]
   expected = sum((np.asarray(distance) * batch.loss_mask).sum() for distance in distances)
   np.testing.assert_allclose(terms['hidden'], 0.5 * expected / (2 * batch.loss_mask.sum()), rtol=1e-5)
@@ -141,3 +134,250 @@ def test_the_teacher_gets_no_gradient(params):
 
   grads = jax.jit(jax.grad(loss))(jax.tree.map(lambda x: x * 1.1, params))
   assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+# Every term, and their sum, against plain formulas: no sweep over the lm head, no masks or counts made beforehand.
+
+TEACHER = TransformerConfig(72, 3, 24, 2, 1, 12, 32, tie_embeddings=False)  # 8 rows of padding in its vocabulary
+STEP, TEMPERATURE = 1, 0.8  # of the check, and of sampling
+jit_once = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})  # to compile is the work
+
+
+def changing(start, end):
+  return dict(name='linear', start=start, end=end, steps=4)
+
+
+def now(value):
+  """A section as it is at STEP, with numbers in the place of schedules."""
+  if not isinstance(value, dict):
+    return value
+  if value.get('name') == 'linear':
+    return value['start'] + (value['end'] - value['start']) * STEP / 4
+  return {key: now(one) for key, one in value.items()}
+
+
+def policy(weight, advantage, reward_weight, **options):
+  return base.term(
+      'policy', weight, rows='samples', advantage=advantage, advantage_options=options,
+      surrogate='importance_sampling', surrogate_options={}, reward_weight=reward_weight,
+  )
+
+
+def many_terms():
+  """{name: term}: all kinds and all entries of their registries, each with its own weight and rows."""
+  rows = ['all', 'data', 'samples']
+  terms = {'cross_entropy': base.term('cross_entropy', changing(0.2, 0.6), rows='data')}
+  for i, name in enumerate(DIVERGENCES):
+    options = dict(dense.OPTIONS[name])
+    if i % 3 == 0:
+      options = {key: changing(value, 0.9) for key, value in options.items()}
+    terms[name] = base.divergence(
+        name, 0.2 + 0.1 * i if i % 2 else changing(0.5, 0.1), temperature=changing(3.0, 1.0) if i % 4 == 1 else 1.5,
+        scaled=i % 2 == 1, rows=rows[i % 3], **options,
+    )
+  for i, name in enumerate(TEACHER_ADVANTAGES):
+    terms[f'policy_{name}'] = policy(0.3 + i, name, 0.5 * i, discount=0.9)
+  for i, name in enumerate(FEATURES):
+    terms[f'hidden_{name}'] = base.hidden(name, 0.7 + i, layers=[[0, 1], [1, 2]]) | {'rows': rows[i % 3]}
+  for i, name in enumerate(RELATIONS):
+    options = {'relation_heads': 4} if name == 'minilm_v2' else {}
+    terms[name] = base.term('relations', 0.9, rows=rows[i % 3], relation=name, layers=[[1, 2]], options=options)
+  for name in BATCH_FEATURES:
+    terms[name] = base.term('alignment', changing(0.4, 0.8), rows='data', feature=name, layers=[[0, 1], [1, 2]])
+  return terms
+
+
+MANY = many_terms()
+
+
+def plain_terms(record, teacher):
+  """params -> {term: its mean over its own rows}."""
+  rows = {'all': np.ones(8), 'data': 1 - record.sampled, 'samples': record.sampled}
+  taps = ('hidden', 'q', 'k', 'v')
+  logits, seen = jax.jit(lambda tree: dense.outputs(TEACHER, tree, record.batch, taps))(teacher)
+  theirs = (logits[..., :64], seen)
+  sampled = np.asarray(dense.logprobs(theirs[0] / TEMPERATURE, record.batch.targets))
+
+  def means(params):
+    ours, found = dense.outputs(STUDENT, params['model'], record.batch, taps), {}
+    for name, term in MANY.items():
+      mask = record.batch.loss_mask * rows[term['rows']][:, None].astype(np.float32)
+      values = dense.term_values(
+          now(term), record, mask, ours, theirs, params['projectors'].get(name), sampled, temperature=TEMPERATURE
+      )
+      found[name] = jnp.sum(jnp.where(mask > 0, values, 0.0)) / np.sum(mask) if values.ndim else values
+    return found
+
+  return means
+
+
+@pytest.fixture(scope='module')
+def mixed():
+  """(params, teacher, rollouts of which every other row or so is data)."""
+  init = jax.jit(transformer.init_params, static_argnums=0)
+  student, teacher = (
+      jax.tree.map(lambda x: 1.5 * x, init(config, jax.random.key(i))) for i, config in enumerate((STUDENT, TEACHER))
+  )
+  loss = schema.parse(distill.LossConfig, base.loss(**MANY), 'loss')
+  projectors = distill.projectors(loss, STUDENT, TEACHER)(jax.random.key(2))
+  sampled = np.array([1, 0, 1, 1, 0, 1, 1, 0], np.float32)
+  return {'model': student, **projectors}, teacher, tiny.random_rollouts()._replace(sampled=sampled)
+
+
+@pytest.fixture(scope='module')
+def found(mixed):
+  """selector {term: 0 or 1} -> (loss, gradient, metrics) of the recipe, whose weights are times the selector."""
+  params, teacher, record = mixed
+  inner = distill.objective(
+      schema.parse(distill.LossConfig, base.loss(**MANY), 'loss'), STUDENT, TEACHER, temperature=TEMPERATURE
+  )
+
+  @jit_once
+  def run(selector, step):
+    def prepare(record, step):
+      prepared = inner.prepare(record, step)
+      return prepared._replace(weights={name: selector[name] * value for name, value in prepared.weights.items()})
+
+    objective = inner._replace(prepare=prepare)
+    return value_and_grad(objective, params, record, {'teacher': teacher}, jax.random.key(0), step=step)
+
+  return functools.partial(run, step=jnp.int32(STEP))
+
+
+@pytest.fixture(scope='module')
+def expected(mixed):
+  """({term: mean}, {term: its gradient})."""
+  params, teacher, record = mixed
+  means = plain_terms(record, teacher)
+  return jit_once(lambda params: (means(params), jax.jacrev(means)(params)))(params)
+
+
+def selected(*names):
+  return {name: float(name in names) for name in MANY}
+
+
+def assert_close(actual, wanted):
+  norm = optax.tree.norm(wanted)
+  assert norm > 1e-3
+  assert optax.tree.norm(jax.tree.map(jnp.subtract, actual, wanted)) < 1e-5 * norm
+
+
+@pytest.mark.parametrize('name', MANY)
+def test_every_term_is_its_plain_formula(found, expected, name):
+  """Value and gradient: weight at the step, over the tokens of the term's own rows."""
+  loss, gradient, metrics = found(selected(name))
+  weight = now(MANY[name]['weight'])
+  np.testing.assert_allclose(loss, weight * expected[0][name], rtol=1e-5)
+  assert_close(gradient, jax.tree.map(lambda x: weight * x, expected[1][name]))
+  np.testing.assert_allclose(metrics[name].total / metrics[name].count, expected[0][name], rtol=1e-5)
+
+
+def test_the_loss_is_the_sum_of_the_terms(found, expected, mixed):
+  loss, gradient, metrics = found(selected(*MANY))
+  weights = [now(term['weight']) for term in MANY.values()]
+  weighted = lambda *terms: sum(weight * term for weight, term in zip(weights, terms, strict=True))
+  np.testing.assert_allclose(loss, weighted(*(expected[0][name] for name in MANY)), rtol=1e-5)
+  assert_close(gradient, jax.tree.map(weighted, *(expected[1][name] for name in MANY)))
+  mask, sampled = mixed[2].batch.loss_mask, mixed[2].sampled[:, None]
+  counts = {'all': mask.sum(), 'data': (mask * (1 - sampled)).sum(), 'samples': (mask * sampled).sum()}
+  assert len(set(counts.values())) == 3
+  for name, term in MANY.items():
+    assert metrics[name].count == (1 if term['kind'] == 'alignment' else counts[term['rows']]), name
+
+
+def test_schedules_follow_the_step(found):
+  """At the ends of what changes: cross-entropy goes from 0.2 to 0.6."""
+  (first, _, one), (last, _, _) = (found(selected('cross_entropy'), step=jnp.int32(step)) for step in (0, 9))
+  mean = one['cross_entropy'].total / one['cross_entropy'].count
+  np.testing.assert_allclose([first, last], [0.2 * mean, 0.6 * mean], rtol=1e-5)
+
+
+# What cannot be run is said when the config is opened.
+
+HERE = r'loss\.terms\.x'
+
+
+@pytest.mark.parametrize('terms, message', [
+    (dict(x=base.term('kl')), rf"{HERE}\.kind 'kl' unknown; choose from \['alignment', 'cross_entropy', 'divergence'"),
+    (dict(x=base.divergence(rows='sample')), rf"{HERE}\.rows 'sample' unknown \(did you mean 'samples'"),
+    (dict(x=5), rf'{HERE} is 5; expected a section'),
+    (dict(x=dict(kind='divergence')), rf'{HERE}\.weight is missing'),
+    (dict(x=base.divergence() | dict(wait=1)), rf"{HERE}\.wait: key 'wait' unknown"),
+    (dict(x=base.divergence() | dict(options=1)), rf'{HERE}\.options is 1 \(int\); expected Mapping'),
+    (dict(x=base.divergence(weight=True)), rf'{HERE}\.weight is True; give a number'),
+    (dict(x=base.divergence(weight='1')), rf"{HERE}\.weight is '1'; give a number"),
+    (dict(x=base.divergence(weight=changing(1.0, 'a'))), rf"{HERE}\.weight\.end is 'a'; expected a number"),
+    (dict(x=base.divergence(weight=0)), r"loss\.terms \['cross_entropy', 'x'\] have no weight; nothing would be"),
+    (dict(x=base.divergence(weight=changing(0, 0.0))), r"loss\.terms .* have no weight"),
+    (dict(), r"loss\.terms \['cross_entropy'\] have no weight"),
+    *[
+        ({name: base.hidden()}, rf"loss\.terms\.{name}: a run reports something else as '{name}'")
+        for name in distill.TAKEN
+    ],
+])
+def test_terms_that_cannot_be_are_refused(terms, message):
+  with pytest.raises(schema.ConfigError, match=message):
+    distill.open_terms(schema.parse(distill.LossConfig, base.loss(**terms), 'loss'), STUDENT, TEACHER)
+
+
+@pytest.mark.parametrize('name', MANY)
+def test_only_some_terms_do_without_a_teacher(name):
+  loss = schema.parse(distill.LossConfig, base.loss(x=MANY[name]), 'loss')
+  if MANY[name]['kind'] in distill.WITHOUT_TEACHER:
+    assert distill.open_terms(loss, STUDENT, None)
+    return
+  with pytest.raises(schema.ConfigError, match=rf"{HERE}: '\w+' needs a teacher"):
+    distill.open_terms(loss, STUDENT, None)
+
+
+BYTES = TransformerConfig(258, 1, 16, 2, 2, 8, 32, max_length=64)
+CONTEXT = context.Context(BYTES, tokenizer.load('byte'), 1, 10)
+
+
+def build(teacher, **terms):
+  return distill.build(base.distill(teacher, tiny.data(), tiny.batch(), base.loss(**terms)), CONTEXT)
+
+
+@pytest.fixture(scope='module')
+def teacher(tmp_path_factory):
+  return tiny.write_model(tmp_path_factory.mktemp('teacher'), BYTES)
+
+
+@pytest.mark.parametrize('term, rows', [
+    (policy(1.0, 'reverse_kl', 0.0), 'samples'), (base.divergence(rows='samples'), 'samples'),
+    (policy(1.0, 'minillm', 0.0) | {'rows': 'all'}, 'all'),
+])
+def test_a_data_set_has_no_samples(term, rows, teacher):
+  message = rf"{HERE} counts what the student samples \(kind '{term['kind']}', rows '{rows}'\).*'on_policy_distill'"
+  with pytest.raises(schema.ConfigError, match=message):
+    build(teacher, x=term, y=base.divergence())
+  assert build(teacher, x=base.divergence(rows='data'), y=base.divergence()).objective.indivisible == ''
+
+
+def test_a_teacher_of_other_tokens_is_sent_to_another_recipe(tmp_path):
+  texts = [tiny.SUMS.prompt(problem) + tiny.SUMS.solution(problem) for problem in tiny.SUMS.problems('train')]
+  pieces = tokenizer.train_sentencepiece(texts, tmp_path / 'tokenizer.model', vocab_size=275)
+  teacher = tiny.write_model(tmp_path / 'teacher', dataclasses.replace(BYTES, vocab_size=275), tokenizer=pieces)
+  message = rf"teacher {teacher} has tokenizer .* of 275 pieces, the student byte of 258; .*recipe 'cross_tokenizer'"
+  with pytest.raises(schema.ConfigError, match=message):
+    build(teacher, x=base.divergence())
+
+
+def test_a_batch_that_is_coupled_is_not_split(mixed, tmp_path):
+  section = base.loss(near=base.term('alignment', feature='linear_cka', layers='final'), kl=base.divergence())
+  objective = distill.objective(schema.parse(distill.LossConfig, section, 'loss'), STUDENT, TEACHER)
+  message = r"microbatches=2, but the terms \['near'\] see the whole batch at once; fix: microbatches=1"
+  with pytest.raises(ValueError, match=message):
+    value_and_grad(objective, mixed[0], mixed[2], {}, jax.random.key(0), microbatches=2)
+
+
+def test_a_coupled_term_without_rows_is_not_measured(mixed):
+  """Where a batch holds none of its rows it adds nothing, and its mean over steps does not count the batch."""
+  params, teacher, record = mixed
+  section = base.loss(near=base.term('alignment', rows='data', feature='linear_cka', layers='final'))
+  objective = distill.objective(schema.parse(distill.LossConfig, section, 'loss'), STUDENT, TEACHER)
+  run = jax.jit(lambda record: terms_of(objective, params, record, teacher))
+  terms, metrics = run(record._replace(sampled=np.ones(8, np.float32)))
+  assert terms['near'] == 0 and metrics['near'] == (0, 0)
+  terms, metrics = run(record)
+  assert terms['near'] == metrics['near'].total > 0 and metrics['near'].count == 1

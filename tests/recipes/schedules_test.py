@@ -13,7 +13,7 @@ BY_HAND = [  # (config, {step: number})
     (2, {0: 2.0}),
     (dict(name='linear', start=1.0, end=0.0, steps=4), {0: 1.0, 1: 0.75, 3: 0.25, 4: 0.0, 9: 0.0}),
     (dict(name='linear', start=0, end=2, steps=2, delay=3), {0: 0.0, 3: 0.0, 4: 1.0, 5: 2.0, 6: 2.0}),
-    (dict(name='cosine', start=1.0, end=3.0, steps=4), {0: 1.0, 1: 2 - 0.5**0.5, 2: 2.0, 3: 2 + 0.5**0.5, 4: 3.0, 8: 3.0}),
+    (dict(name='cosine', start=1.0, end=3.0, steps=4), {0: 1.0, 1: 2 - 0.5**0.5, 2: 2, 3: 2 + 0.5**0.5, 4: 3, 8: 3}),
     (dict(name='cosine', start=3.0, end=1.0, steps=2, delay=1), {0: 3.0, 1: 3.0, 2: 2.0, 3: 1.0}),
     (dict(name='switch', start=0.2, end=0.8, steps=3), {0: 0.2, 2: 0.2, 3: 0.8, 50: 0.8}),
 ]
@@ -56,7 +56,7 @@ LINEAR = dict(name='linear', start=1.0, end=0.0, steps=4)
     (dict(start=1.0, end=0.0, steps=4), r"loss\.weight is \{'start'.*give a number, or a schedule"),
     (LINEAR | dict(name='linera'), r"schedule of loss\.weight 'linera' unknown \(did you mean 'linear'"),
     (LINEAR | dict(stop=3), r"option of schedule of loss\.weight 'linear' 'stop' unknown"),
-    (dict(name='switch', start=1, end=0, steps=3, delay=2), r"option of schedule of loss\.weight 'switch' 'delay' unknown"),
+    (dict(name='switch', start=1, end=0, steps=3, delay=2), r"schedule of loss\.weight 'switch' 'delay' unknown"),
     (dict(name='cosine', start=1.0), r"schedule of loss\.weight 'cosine' needs the options \['end', 'steps'\]"),
     (LINEAR | dict(start='a'), r"loss\.weight\.start is 'a'; expected a number"),
     (LINEAR | dict(end=True), r'loss\.weight\.end is True; expected a number'),

@@ -102,7 +102,8 @@ def test_divergences_to_a_truncated_teacher(name, policy):
 
 
 def test_terms_say_what_they_are():
-  assert build(base.divergence('skew_kl', temperature=2.0, scaled=True, alpha=0.2)).spoken == 'T^2 skew_kl(T=2, alpha=0.2)'
+  scaled = base.divergence('skew_kl', temperature=2.0, scaled=True, alpha=0.2)
+  assert build(scaled).spoken == 'T^2 skew_kl(T=2, alpha=0.2)'
   assert build(base.divergence(temperature=LINEAR)).spoken == 'forward_kl(T=2 to 1 (linear, 10 steps))'
   term = base.term('top_k', name='skew_kl', policy='tail', options={'alpha': 0.3})
   assert build(term).spoken == 'skew_kl to the cached teacher (tail, alpha=0.3)'
