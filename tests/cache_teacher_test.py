@@ -36,7 +36,8 @@ def teacher(tmp_path_factory):
 
 def config(teacher, **options):
   data = options.pop('data', tiny.data(count=21))
-  made = base.cache_teacher(teacher, data, **{'k': K, 'batch_tokens': 128, 'chunk': 8, 'measured_tokens': 50, **options})
+  defaults = {'k': K, 'batch_tokens': 128, 'chunk': 8, 'measured_tokens': 50}
+  made = base.cache_teacher(teacher, data, **{**defaults, **options})
   made.progress = False
   return made
 

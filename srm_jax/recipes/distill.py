@@ -186,7 +186,13 @@ def _prepare(terms: Mapping[str, _Term], record, step) -> Prepared:
       for name, one in _of(terms, TokenTerm).items()
   }
   rollouts = record._replace(batch=None) if isinstance(record, Rollouts) else None  # its batch is there already
-  return Prepared(batch, weights, masks, numbers, getattr(record, 'known', {}), rollouts)
+  known = {name: _supervised(batch.loss_mask, values) for name, values in getattr(record, 'known', {}).items()}
+  return Prepared(batch, weights, masks, numbers, known, rollouts)
+
+
+def _supervised(mask, values):
+  """values [B, T, ...] with zeros where the mask is: what is not supervised was not asked for."""
+  return jnp.where(mask.reshape(mask.shape + (1,) * (values.ndim - 2)) > 0, values, 0)
 
 
 def _heads(student, teacher, params, frozen):
