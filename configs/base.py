@@ -156,7 +156,7 @@ def distill(teacher, data, batch, loss, *, cache=''):
 
 
 def cross_tokenizer(teacher, data, batch, *, teacher_length, chunk_loss='binary_kl', chunk_options=None, **weights):
-  """weights: of cross_entropy, chunk, shared and uld. binary_kl says little about long chunks at T=1: 100 by default."""
+  """weights: of cross_entropy, chunk, shared and uld. binary_kl says little about long chunks at T=1: 100 it is."""
   options = {'temperature': 100.0} if chunk_options is None and chunk_loss == 'binary_kl' else chunk_options or {}
   loss = dict(cross_entropy=0.0, chunk=0.0, shared=0.0, uld=0.0, divergence='forward_kl', temperature=1.0) | weights
   return ConfigDict(dict(

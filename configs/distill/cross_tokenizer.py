@@ -1,4 +1,4 @@
-"""Distillation from a published teacher with another tokenizer: probabilities of the chunks that both cut out of a text.
+"""Distillation from a published teacher with another tokenizer: probabilities of chunks that both cut out of a text.
 
 Run: python -m experiments.train --config=configs/distill/cross_tokenizer.py:teacher=DIR,student=DIR \\
        --workdir=runs/cross

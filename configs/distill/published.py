@@ -1,4 +1,4 @@
-"""Logit distillation of one published model into another of the same vocabulary, rows of 4096 tokens, with CE beside it.
+"""Logit distillation of a published model into another of the same vocabulary, rows of 4096 tokens, CE beside it.
 
 Run: python -m experiments.train --config=configs/distill/published.py:teacher=DIR,student=DIR --workdir=runs/distilled
 Plan: python -m experiments.plan --config=configs/distill/published.py --topology=v5e:4x4
