@@ -14,7 +14,7 @@ def run(config, workdir):
   found = done.summary
   print(
       f'{done.path}: {found["tokens"]} tokens of {found["examples"]} examples, {found["bytes_per_token"]:.1f} bytes a '
-      f'token; mean KL {found["reconstruction_kl"]:.2g} nats to the dense teacher over {found["measured_tokens"]} tokens'
+      f'token; mean KL {found["reconstruction_kl"]:.2g} nats to the dense teacher, {found["measured_tokens"]} tokens'
   )
 
 

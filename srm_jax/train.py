@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import logging
-import math
 import pathlib
 import signal
 import threading

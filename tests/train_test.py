@@ -188,7 +188,9 @@ WRONG_TEACHER = {
         dict(recipe__loss__terms__forward_kl__options__options=dict(beta=0.1)),
         r"option of divergence of loss\.terms\.forward_kl\.options 'forward_kl' 'beta' unknown",
     ),
-    'feature': (dict(recipe__loss__terms__hidden__options__feature='cosin'), r"hidden\.options\.feature 'cosin' unknown"),
+    'feature': (
+        dict(recipe__loss__terms__hidden__options__feature='cosin'), r"hidden\.options\.feature 'cosin' unknown",
+    ),
     'layers': (dict(recipe__loss__terms__hidden__options__layers='all'), r"hidden\.options\.layers 'all' unknown"),
     'coupled': (
         dict(microbatches=2, recipe__loss__terms__cka=base.term('alignment', feature='linear_cka', layers='final')),

@@ -44,10 +44,10 @@ class Aligned(NamedTuple):
 class AlignedBatch(NamedTuple):
   """Rows with the same texts for both models.
 
-  batch: the student's, [B, Ts]. teacher: the teacher's Batch, [B, Tt]. student_groups, teacher_groups: int32 of the same shapes, the group
-  of the token that this position predicts, -1 where it is in none; numbers are those of the row. valid, exact: bool
-  [B, G]; the groups of a row come first, those that are not exact before those that are (so that the ones whose
-  vocabularies are sorted lie together), the order of the text within both.
+  batch: the student's, [B, Ts]. teacher: the teacher's Batch, [B, Tt]. student_groups, teacher_groups: int32 of the
+  same shapes, the group of the token that this position predicts, -1 where it is in none, numbered in the row. valid,
+  exact: bool [B, G]; the groups of a row come first, those that are not exact before those that are (so that the ones
+  whose vocabularies are sorted lie together), the order of the text within both.
   """
 
   batch: types.Batch

@@ -7,7 +7,6 @@ different numbers of chunks.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -1,4 +1,4 @@
-"""The k likeliest tokens are those of the dense logits, for any chunk and mesh, and only where a target is supervised."""
+"""The k likeliest tokens are those of the dense logits, for any chunk and mesh, only where a target is supervised."""
 
 import dataclasses
 import functools

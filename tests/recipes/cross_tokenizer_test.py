@@ -82,7 +82,8 @@ def test_gradients_are_those_of_finite_differences(folders, params):
   made = recipe(folders['other'])
   batch = made.source.next(None, 0)
   _, grads, _ = run(made, params, batch)
-  direction = jax.tree.map(lambda x: x / jax.numpy.sqrt(sum(jax.numpy.sum(y**2) for y in jax.tree.leaves(grads))), grads)
+  norm = jax.numpy.sqrt(sum(jax.numpy.sum(x**2) for x in jax.tree.leaves(grads)))
+  direction = jax.tree.map(lambda x: x / norm, grads)
   step = 3e-3
   ends = [run(made, jax.tree.map(lambda x, d: x + sign * step * d, params, direction), batch)[0] for sign in (1, -1)]
   expected = sum(float(jax.numpy.sum(g * d)) for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(direction)))
