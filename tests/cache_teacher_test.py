@@ -56,13 +56,25 @@ def opened(done):
   return teacher_cache.open_cache(done.path, teacher_cache.identity_of(done.path))
 
 
+@functools.cache
+def dense_model(folder):
+  """tokens [1, 16] -> float32 logits [16, VOCAB]."""
+  model = checkpoints.load_model(folder)
+
+  @jax.jit
+  def logits(params, tokens):
+    positions = np.arange(tokens.shape[1])[None]
+    batch = Batch(tokens, tokens, tokens, positions, np.ones_like(positions))
+    return heads.logits(model.config, params, context.forward(model.config, params, batch).hidden[0])[:, :VOCAB]
+
+  return functools.partial(logits, model.params)
+
+
 def dense(folder, example):
   """float64 [n, VOCAB] log-softmax at the supervised targets of one example, by itself."""
-  model = checkpoints.load_model(folder)
-  ids = np.asarray(example.tokens)[None]
-  batch = Batch(ids, ids, ids, np.arange(ids.shape[1])[None], np.ones_like(ids))
-  hidden = context.forward(model.config, model.params, batch).hidden[0]
-  logits = np.asarray(heads.logits(model.config, model.params, hidden), np.float64)[:, :VOCAB]
+  tokens = np.zeros((1, 16), np.int32)
+  tokens[0, : len(example.tokens)] = example.tokens
+  logits = np.asarray(dense_model(folder)(tokens), np.float64)
   return special.log_softmax(logits[np.flatnonzero(example.loss_mask) - 1], axis=1)
 
 

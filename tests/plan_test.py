@@ -12,6 +12,7 @@ import pytest
 from configs import base
 from experiments import plan as main
 from srm_jax import plan, schema
+from srm_jax.data import teacher_cache
 from srm_jax.models import adapters
 from srm_jax.models.config import TransformerConfig, num_params
 from tests import tiny
@@ -61,6 +62,32 @@ def test_rollouts_and_frozen_models_have_the_shapes_that_recipes_make():
   assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract.batch) == jax.tree.map(lambda x: (x.shape, x.dtype), real)
   with pytest.raises(schema.ConfigError, match='model.json'):
     plan.RECIPES['distill'](base.distill('nowhere', tiny.data(), tiny.batch(), base.distillation()).to_dict(), model)
+
+
+def _traced_only(traced):
+  """In place of compiling: the arguments alone."""
+  size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(traced.in_avals))
+  return plan.Memory(size, 0.0, 0.0, size, True), None
+
+
+def test_a_cache_takes_the_room_of_its_arrays_and_not_of_a_teacher(cpu_chip, tmp_path, monkeypatch):
+  monkeypatch.setattr(plan, '_compile', _traced_only)
+  model = TransformerConfig(258, 2, 32, 2, 2, 16, 64, max_length=64)
+  teacher = tiny.write_model(tmp_path / 'teacher', model)
+  identity = teacher_cache.Identity('t', 'v', 'd', 258, 7, 1.0)
+  with teacher_cache.writer(tmp_path / 'cache', identity):
+    pass
+  rows = (tiny.data(), tiny.batch(4, 32))
+  arguments = {}
+  for name, recipe in {
+      'cached': base.distill('', *rows, base.loss(kl=base.top_k()), cache=str(tmp_path / 'cache')),
+      'present': base.distill(teacher, *rows, base.distillation()),
+  }.items():
+    config = tiny.train(recipe, mesh=(1, 1, 1), model=dict(vocab_size=258))
+    arguments[name] = plan.plan(config, jax.devices()[:1]).memory.arguments
+  known, parameters = 4 * 32 * (2 * 7 + 1) * 4, 4 * num_params(model)
+  assert arguments['cached'] - known == arguments['present'] - parameters
+  assert known < parameters / 4
 
 
 def test_every_recipe_can_be_planned():

@@ -3,7 +3,13 @@
 import ml_collections
 import pytest
 
+from configs import base
 from srm_jax import schema, stages
+from srm_jax.data import teacher_cache
+from srm_jax.models.config import TransformerConfig
+from srm_jax.recipes.cached import read_identity
+from tests import tiny
+from tests.tiny import one_device, tiny_tasks  # noqa: F401
 
 CALLS = []
 
@@ -135,6 +141,33 @@ def test_select_wants_evaluations_and_their_row(tmp_path):
     stages.run_stages(changed('stages/best/config/candidates', dict(a='{a}')), tmp_path)
   with pytest.raises(schema.ConfigError, match="row 'gredy' unknown"):
     stages.run_stages(changed('stages/best/config/row', 'gredy'), tmp_path)
+
+
+def caching(teacher, **options):
+  """A teacher that is there, its cache, and what is trained on that (a stand-in)."""
+  cache = base.cache_teacher('{teacher}', tiny.data(), **{'k': 4, 'measured_tokens': 10, **options})
+  return ml_collections.ConfigDict(dict(order=('teacher', 'cache', 'student'), stages=dict(
+      teacher=dict(run='given', config=dict(folder=teacher)), cache=dict(run='cache', config=cache),
+      student=dict(run='train', config=dict(number=0.5, source='{cache}')),
+  )))
+
+
+def test_a_cache_is_a_stage(tmp_path):
+  model = TransformerConfig(258, 1, 16, 2, 2, 8, 32, max_length=64)
+  teacher = tiny.write_model(tmp_path / 'teacher', model)
+  done = stages.run_stages(caching(teacher), tmp_path / 'line')
+  folder = (done['student'].target / 'seen').read_text()
+  assert teacher_cache.verify(folder).examples == done['cache'].outcome['examples'] == 12
+  assert done['cache'].outcome['teacher'] == read_identity(folder).teacher
+  CALLS.clear()
+  assert stages.run_stages(caching(teacher), tmp_path / 'line') == done and CALLS == []
+  other = stages.run_stages(caching(teacher, k=5), tmp_path / 'line')
+  assert other['cache'].workdir != done['cache'].workdir and len(CALLS) == 1
+  wrong = caching(teacher)
+  wrong.stages.cache.config.temprature = 1.0
+  with pytest.raises(schema.ConfigError, match=r"stages\.cache\.config\.temprature.*did you mean 'temperature'"):
+    stages.run_stages(wrong, tmp_path / 'wrong')
+  assert not (tmp_path / 'wrong').exists()
 
 
 def test_every_runner_has_a_check():
