@@ -2,14 +2,16 @@
 
 import collections
 
+import jax
 import numpy as np
 import pytest
 
 from srm_jax.data import prompting, tokenizer
 from srm_jax.losses.advantages import ADVANTAGES
 from srm_jax.rewards import Graded
-from srm_jax.rollout import rollout, subsample, to_rollouts
+from srm_jax.rollout import all_sampled, beside, from_data, rollout, subsample, to_rollouts
 from srm_jax.types import Completion, Prompt, SamplingParams
+from tests import tiny
 from tests.tiny import SUMS
 
 
@@ -94,3 +96,52 @@ def test_subsample_covers_every_problem_once_an_epoch_and_is_a_pure_function():
   assert subsample(problems, 4, seed=3, step=7) == draws[7]
   assert [subsample(problems, 4, seed=4, step=step) for step in range(10)] != draws
   assert collections.Counter(ids).most_common()[0][1] == 4
+
+
+# Rows that the student did not sample.
+
+
+def kinds(rollouts):
+  """The structure of a batch, and the types of its fields."""
+  return jax.tree.structure(rollouts), [leaf.dtype for leaf in jax.tree.leaves(rollouts)]
+
+
+def test_data_are_rollouts_that_nobody_sampled(groups):
+  batch = tiny.random_batch()
+  made = from_data(batch)
+  assert made.batch is batch
+  assert not any(np.any(field) for field in (made.sampled, made.rewards, made.valid, made.advantages))
+  assert not made.sampler_logprobs.any() and np.all(made.group == -1)
+  for advantage in (None, ADVANTAGES['centered']):  # one program and one set of metrics for both kinds of step
+    sampled = all_sampled(to_rollouts(groups, length=16, pad_id=0, advantage=advantage))
+    assert kinds(sampled) == kinds(made)
+    assert np.all(sampled.sampled == 1) and np.any(sampled.advantages) == (advantage is not None)
+
+
+def order_of(sampled_rows, data_rows):
+  both = beside(tiny.random_rollouts(rows=sampled_rows), tiny.random_batch(5, rows=data_rows))
+  return ''.join('ds'[int(one)] for one in both.sampled)
+
+
+def test_rows_of_both_kinds_take_turns():
+  assert (order_of(4, 4), order_of(6, 2), order_of(2, 6)) == ('sdsdsdsd', 'ssdsssds', 'dsdddsdd')
+  for sampled_rows in range(1, 7):
+    for data_rows in range(1, 7):  # every device holds a block of rows, and in it nearly its share of both
+      order = order_of(sampled_rows, data_rows)
+      share = sampled_rows / len(order)
+      assert all(abs(order[:n].count('s') - share * n) <= 1 for n in range(len(order) + 1)), order
+
+
+def test_rows_stay_what_they_were_beside_others():
+  """Whichever part is longer; what is added behind a row is padding."""
+  for sampled_length, data_length in ((16, 12), (12, 16)):
+    rollouts = tiny.random_rollouts(rows=6, length=sampled_length)
+    batch = tiny.random_batch(5, rows=3, length=data_length)
+    both = beside(rollouts, batch)
+    assert both.batch.inputs.shape == (9, 16)
+    for part, rows in ((all_sampled(rollouts), both.sampled == 1), (from_data(batch), both.sampled == 0)):
+      length = part.batch.inputs.shape[1]
+      for whole, own in zip(jax.tree.leaves(both), jax.tree.leaves(part), strict=True):
+        kept, added = (whole[rows], np.zeros(0)) if own.ndim == 1 else (whole[rows, :length], whole[rows, length:])
+        np.testing.assert_array_equal(kept, own)
+        assert whole.dtype == own.dtype and not added.any()

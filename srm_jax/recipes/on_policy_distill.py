@@ -4,7 +4,7 @@
 
 The terms are those of `distill`; rows='samples' and rows='data' tell them apart where both kinds of rows are there:
 
-  mix 'samples'    every step samples
+  mixing None      every step samples
   mix 'alternate'  a step samples with probability `fraction`, a number or a schedule, and else reads the data (GKD)
   mix 'both'       every batch holds rows of both (DistiLLM's and DistiLLM-2's contrast)
 
