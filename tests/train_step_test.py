@@ -11,12 +11,14 @@ import pytest
 from configs import base
 from srm_jax import schema, sharding
 from srm_jax.data import packing
+from srm_jax.losses.distillation import WHOLE_VOCABULARY
 from srm_jax.models import heads, transformer
 from srm_jax.models.config import TransformerConfig
 from srm_jax.recipes import distill, policy_gradient, sft
 from srm_jax.train_step import build_train_step, combine, init_state, split_microbatches, value_and_grad
 from srm_jax.types import Max, Mean, Objective
 from tests import tiny
+from tests.recipes import every_term
 
 STUDENT = TransformerConfig(64, 1, 16, 2, 2, 8, 32)
 TEACHER = TransformerConfig(64, 1, 32, 4, 2, 8, 32, tie_embeddings=False)
@@ -108,8 +110,8 @@ def test_eight_devices_give_the_numbers_of_one(setting, name):
   assert_same(actual, expected, 2e-6)
 
 
-def test_packing_changes_nothing(setting):
-  params, _, frozen = setting['sft']
+def packed_and_padded():
+  """Six examples in two or three rows, and one a row; both in eight rows, so that one program does."""
   rng = np.random.default_rng(4)
   examples = [
       packing.from_prompt_completion(str(i), rng.integers(1, 64, 2), rng.integers(1, 64, 1 + i), 0) for i in range(6)
@@ -117,9 +119,89 @@ def test_packing_changes_nothing(setting):
   bins = packing.plan([len(example.tokens) for example in examples], 16)
   packed, padded = packing.pack(examples, bins, 16), packing.pad_batch(examples, 16)
   assert len(packed.inputs) < len(padded.inputs)
-  eight_rows = lambda batch: jax.tree.map(lambda x: np.pad(x, ((0, 8 - len(x)), (0, 0))), batch)
-  run = lambda batch: program('sft', 1)(params, eight_rows(batch), frozen, jax.random.key(0))
-  assert_same(run(packed), run(padded), 1e-6)
+  return [jax.tree.map(lambda x: np.pad(x, ((0, 8 - len(x)), (0, 0))), batch) for batch in (packed, padded)]
+
+
+def test_packing_changes_nothing(setting):
+  params, _, frozen = setting['sft']
+  packed, padded = (program('sft', 1)(params, batch, frozen, jax.random.key(0)) for batch in packed_and_padded())
+  assert_same(packed, padded, 1e-6)
+
+
+# Every term of a distillation loss, alone and in their sum: rows and masks are ragged, chunks do not divide.
+
+TERMS = list(every_term.TERMS)
+SPLIT = [name for name in TERMS if name not in every_term.of_kinds('alignment')]  # the others see the whole batch
+
+
+@pytest.fixture(scope='module')
+def every():
+  return every_term.setting()
+
+
+def assert_each_same(names, actual, expected):
+  """Two functions of a selector agree in every one of these terms, and in their sum."""
+  for chosen in [*((name,) for name in names), names]:
+    selector = every_term.selected(TERMS, *chosen)
+    found, (loss, grads, metrics) = actual(selector), expected(selector)
+    assert_same(found, (loss, grads, {name: value for name, value in metrics.items() if name in found[2]}), 1e-5)
+
+
+@pytest.fixture(scope='module')
+def whole(every):
+  """selector -> what one device finds in one part, from all logits at once."""
+  run = every_term.program(TERMS, chunk=0)
+  return lambda selector: run(selector, every[0], every[2], every[1])
+
+
+@pytest.mark.parametrize('microbatches', [2, 4])
+def test_microbatches_change_no_term(every, whole, microbatches):
+  params, teacher, record = every
+  parts = split_microbatches(record, microbatches)
+  tokens = np.asarray(parts.batch.loss_mask.sum(2))
+  for rows in (np.ones_like(parts.sampled), parts.sampled, 1 - parts.sampled):
+    assert len(set((tokens * np.asarray(rows)).sum(1))) > 1  # or counts of a microbatch, averaged, would pass as well
+  run = every_term.program(SPLIT, microbatches=microbatches, chunk=24)
+  assert_each_same(SPLIT, lambda selector: run(selector, params, record, teacher), whole)
+
+
+def place(params, teacher, record, mesh):
+  """Parameters, teacher's and rows on a mesh."""
+  projectors = jax.tree.map(lambda _: jax.sharding.PartitionSpec(), params['projectors'])
+  names = {'model': transformer.param_names(every_term.STUDENT), 'projectors': projectors}
+  put = lambda names, tree: jax.device_put(tree, sharding.shardings(names, tree, mesh))
+  return (
+      put(names, params), put(transformer.param_names(every_term.TEACHER), teacher), sharding.shard_rows(record, mesh),
+  )
+
+
+def test_eight_devices_change_no_term(every, whole):
+  names, mesh = [name for name in TERMS if name not in WHOLE_VOCABULARY], sharding.make_mesh((2, 2, 2))
+  with jax.set_mesh(mesh):
+    placed, frozen, rows = place(*every, mesh)
+    assert not placed['model']['layers']['mlp']['up']['kernel'].sharding.is_fully_replicated
+    run = every_term.program(names, chunk=24)
+    assert_each_same(names, lambda selector: run(selector, placed, rows, frozen), whole)
+
+
+def test_divergences_of_the_whole_vocabulary_need_it_on_one_device(every, whole):
+  mesh, names = sharding.make_mesh((2, 4, 1)), ['cross_entropy', *sorted(WHOLE_VOCABULARY)]
+  with jax.set_mesh(mesh):
+    placed, frozen, rows = place(*every, mesh)
+    run = every_term.program(names, chunk=24)
+    assert_each_same(names, lambda selector: run(selector, placed, rows, frozen), whole)
+  with jax.set_mesh(sharding.make_mesh((2, 2, 2))):
+    with pytest.raises(ValueError, match="adaptive_kl sorts the whole vocabulary and cannot run with it split"):
+      every_term.program(names)(every_term.selected(names), placed, rows, frozen)
+
+
+def test_packing_changes_no_term(every):
+  params, teacher, _ = every
+  packed, padded = packed_and_padded()
+  names = [name for name in TERMS if name not in every_term.of_kinds('policy')]
+  run = every_term.program(names, rows='data')
+  on = lambda batch: lambda selector: run(selector, params, batch, teacher)
+  assert_each_same(names, on(packed), on(padded))
 
 
 def square():

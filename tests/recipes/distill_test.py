@@ -1,7 +1,6 @@
 """Distillation: nothing to learn from oneself, every term and their sum against plain formulas, and what is refused."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +12,17 @@ from configs import base
 from srm_jax import schema
 from srm_jax.data import tokenizer
 from srm_jax.losses.distillation import DIVERGENCES
-from srm_jax.losses.features import BATCH_FEATURES, FEATURES
+from srm_jax.losses.features import FEATURES
 from srm_jax.models import transformer
 from srm_jax.models.config import TransformerConfig
-from srm_jax.losses.on_policy_distillation import TEACHER_ADVANTAGES
-from srm_jax.losses.relations import RELATIONS
 from srm_jax.recipes import context, distill
 from srm_jax.train_step import value_and_grad
 from srm_jax.types import Rollouts
 from tests import tiny
-from tests.recipes import dense
+from tests.recipes import dense, every_term
+from tests.recipes.every_term import STEP, STUDENT, TEACHER, TERMS, changing, jit_once, now, policy, selected
 from tests.tiny import tiny_tasks  # noqa: F401
 
-STUDENT = TransformerConfig(64, 2, 16, 2, 2, 8, 32)
 OTHER = TransformerConfig(64, 4, 24, 2, 2, 12, 32)
 
 
@@ -138,57 +135,6 @@ def test_the_teacher_gets_no_gradient(params):
 
 # Every term, and their sum, against plain formulas: no sweep over the lm head, no masks or counts made beforehand.
 
-TEACHER = TransformerConfig(72, 3, 24, 2, 1, 12, 32, tie_embeddings=False)  # 8 rows of padding in its vocabulary
-STEP, TEMPERATURE = 1, 0.8  # of the check, and of sampling
-jit_once = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})  # to compile is the work
-
-
-def changing(start, end):
-  return dict(name='linear', start=start, end=end, steps=4)
-
-
-def now(value):
-  """A section as it is at STEP, with numbers in the place of schedules."""
-  if not isinstance(value, dict):
-    return value
-  if value.get('name') == 'linear':
-    return value['start'] + (value['end'] - value['start']) * STEP / 4
-  return {key: now(one) for key, one in value.items()}
-
-
-def policy(weight, advantage, reward_weight, **options):
-  return base.term(
-      'policy', weight, rows='samples', advantage=advantage, advantage_options=options,
-      surrogate='importance_sampling', surrogate_options={}, reward_weight=reward_weight,
-  )
-
-
-def many_terms():
-  """{name: term}: all kinds and all entries of their registries, each with its own weight and rows."""
-  rows = ['all', 'data', 'samples']
-  terms = {'cross_entropy': base.term('cross_entropy', changing(0.2, 0.6), rows='data')}
-  for i, name in enumerate(DIVERGENCES):
-    options = dict(dense.OPTIONS[name])
-    if i % 3 == 0:
-      options = {key: changing(value, 0.9) for key, value in options.items()}
-    terms[name] = base.divergence(
-        name, 0.2 + 0.1 * i if i % 2 else changing(0.5, 0.1), temperature=changing(3.0, 1.0) if i % 4 == 1 else 1.5,
-        scaled=i % 2 == 1, rows=rows[i % 3], **options,
-    )
-  for i, name in enumerate(TEACHER_ADVANTAGES):
-    terms[f'policy_{name}'] = policy(0.3 + i, name, 0.5 * i, discount=0.9)
-  for i, name in enumerate(FEATURES):
-    terms[f'hidden_{name}'] = base.hidden(name, 0.7 + i, layers=[[0, 1], [1, 2]]) | {'rows': rows[i % 3]}
-  for i, name in enumerate(RELATIONS):
-    options = {'relation_heads': 4} if name == 'minilm_v2' else {}
-    terms[name] = base.term('relations', 0.9, rows=rows[i % 3], relation=name, layers=[[1, 2]], options=options)
-  for name in BATCH_FEATURES:
-    terms[name] = base.term('alignment', changing(0.4, 0.8), rows='data', feature=name, layers=[[0, 1], [1, 2]])
-  return terms
-
-
-MANY = many_terms()
-
 
 def plain_terms(record, teacher):
   """params -> {term: its mean over its own rows}."""
@@ -196,14 +142,15 @@ def plain_terms(record, teacher):
   taps = ('hidden', 'q', 'k', 'v')
   logits, seen = jax.jit(lambda tree: dense.outputs(TEACHER, tree, record.batch, taps))(teacher)
   theirs = (logits[..., :64], seen)
-  sampled = np.asarray(dense.logprobs(theirs[0] / TEMPERATURE, record.batch.targets))
+  sampled = np.asarray(dense.logprobs(theirs[0] / every_term.TEMPERATURE, record.batch.targets))
 
   def means(params):
     ours, found = dense.outputs(STUDENT, params['model'], record.batch, taps), {}
-    for name, term in MANY.items():
+    for name, term in TERMS.items():
       mask = record.batch.loss_mask * rows[term['rows']][:, None].astype(np.float32)
       values = dense.term_values(
-          now(term), record, mask, ours, theirs, params['projectors'].get(name), sampled, temperature=TEMPERATURE
+          now(term), record, mask, ours, theirs, params['projectors'].get(name), sampled,
+          temperature=every_term.TEMPERATURE,
       )
       found[name] = jnp.sum(jnp.where(mask > 0, values, 0.0)) / np.sum(mask) if values.ndim else values
     return found
@@ -213,35 +160,15 @@ def plain_terms(record, teacher):
 
 @pytest.fixture(scope='module')
 def mixed():
-  """(params, teacher, rollouts of which every other row or so is data)."""
-  init = jax.jit(transformer.init_params, static_argnums=0)
-  student, teacher = (
-      jax.tree.map(lambda x: 1.5 * x, init(config, jax.random.key(i))) for i, config in enumerate((STUDENT, TEACHER))
-  )
-  loss = schema.parse(distill.LossConfig, base.loss(**MANY), 'loss')
-  projectors = distill.projectors(loss, STUDENT, TEACHER)(jax.random.key(2))
-  sampled = np.array([1, 0, 1, 1, 0, 1, 1, 0], np.float32)
-  return {'model': student, **projectors}, teacher, tiny.random_rollouts()._replace(sampled=sampled)
+  return every_term.setting()
 
 
 @pytest.fixture(scope='module')
 def found(mixed):
-  """selector {term: 0 or 1} -> (loss, gradient, metrics) of the recipe, whose weights are times the selector."""
+  """(chosen terms, step) -> (loss, gradient, metrics) of the recipe."""
   params, teacher, record = mixed
-  inner = distill.objective(
-      schema.parse(distill.LossConfig, base.loss(**MANY), 'loss'), STUDENT, TEACHER, temperature=TEMPERATURE
-  )
-
-  @jit_once
-  def run(selector, step):
-    def prepare(record, step):
-      prepared = inner.prepare(record, step)
-      return prepared._replace(weights={name: selector[name] * value for name, value in prepared.weights.items()})
-
-    objective = inner._replace(prepare=prepare)
-    return value_and_grad(objective, params, record, {'teacher': teacher}, jax.random.key(0), step=step)
-
-  return functools.partial(run, step=jnp.int32(STEP))
+  run = every_term.program(TERMS)
+  return lambda *chosen, step=np.int32(STEP): run(selected(TERMS, *chosen), params, record, teacher, step=step)
 
 
 @pytest.fixture(scope='module')
@@ -252,42 +179,38 @@ def expected(mixed):
   return jit_once(lambda params: (means(params), jax.jacrev(means)(params)))(params)
 
 
-def selected(*names):
-  return {name: float(name in names) for name in MANY}
-
-
 def assert_close(actual, wanted):
   norm = optax.tree.norm(wanted)
   assert norm > 1e-3
   assert optax.tree.norm(jax.tree.map(jnp.subtract, actual, wanted)) < 1e-5 * norm
 
 
-@pytest.mark.parametrize('name', MANY)
+@pytest.mark.parametrize('name', TERMS)
 def test_every_term_is_its_plain_formula(found, expected, name):
   """Value and gradient: weight at the step, over the tokens of the term's own rows."""
-  loss, gradient, metrics = found(selected(name))
-  weight = now(MANY[name]['weight'])
+  loss, gradient, metrics = found(name)
+  weight = now(TERMS[name]['weight'])
   np.testing.assert_allclose(loss, weight * expected[0][name], rtol=1e-5)
   assert_close(gradient, jax.tree.map(lambda x: weight * x, expected[1][name]))
   np.testing.assert_allclose(metrics[name].total / metrics[name].count, expected[0][name], rtol=1e-5)
 
 
 def test_the_loss_is_the_sum_of_the_terms(found, expected, mixed):
-  loss, gradient, metrics = found(selected(*MANY))
-  weights = [now(term['weight']) for term in MANY.values()]
+  loss, gradient, metrics = found(*TERMS)
+  weights = [now(term['weight']) for term in TERMS.values()]
   weighted = lambda *terms: sum(weight * term for weight, term in zip(weights, terms, strict=True))
-  np.testing.assert_allclose(loss, weighted(*(expected[0][name] for name in MANY)), rtol=1e-5)
-  assert_close(gradient, jax.tree.map(weighted, *(expected[1][name] for name in MANY)))
+  np.testing.assert_allclose(loss, weighted(*(expected[0][name] for name in TERMS)), rtol=1e-5)
+  assert_close(gradient, jax.tree.map(weighted, *(expected[1][name] for name in TERMS)))
   mask, sampled = mixed[2].batch.loss_mask, mixed[2].sampled[:, None]
   counts = {'all': mask.sum(), 'data': (mask * (1 - sampled)).sum(), 'samples': (mask * sampled).sum()}
   assert len(set(counts.values())) == 3
-  for name, term in MANY.items():
+  for name, term in TERMS.items():
     assert metrics[name].count == (1 if term['kind'] == 'alignment' else counts[term['rows']]), name
 
 
 def test_schedules_follow_the_step(found):
   """At the ends of what changes: cross-entropy goes from 0.2 to 0.6."""
-  (first, _, one), (last, _, _) = (found(selected('cross_entropy'), step=jnp.int32(step)) for step in (0, 9))
+  (first, _, one), (last, _, _) = (found('cross_entropy', step=np.int32(step)) for step in (0, 9))
   mean = one['cross_entropy'].total / one['cross_entropy'].count
   np.testing.assert_allclose([first, last], [0.2 * mean, 0.6 * mean], rtol=1e-5)
 
@@ -320,10 +243,10 @@ def test_terms_that_cannot_be_are_refused(terms, message):
     distill.open_terms(schema.parse(distill.LossConfig, base.loss(**terms), 'loss'), STUDENT, TEACHER)
 
 
-@pytest.mark.parametrize('name', MANY)
+@pytest.mark.parametrize('name', TERMS)
 def test_only_some_terms_do_without_a_teacher(name):
-  loss = schema.parse(distill.LossConfig, base.loss(x=MANY[name]), 'loss')
-  if MANY[name]['kind'] in distill.WITHOUT_TEACHER:
+  loss = schema.parse(distill.LossConfig, base.loss(x=TERMS[name]), 'loss')
+  if TERMS[name]['kind'] in distill.WITHOUT_TEACHER:
     assert distill.open_terms(loss, STUDENT, None)
     return
   with pytest.raises(schema.ConfigError, match=rf"{HERE}: '\w+' needs a teacher"):
