@@ -206,10 +206,10 @@ def _spread(points, gap: float = 0.075):
 
 
 def divergences(stages: Mapping[str, Any]) -> dict[str, str]:
-  """{distilled arm: name of its divergence}, from the configs of the finished runs."""
+  """{distilled arm: the term that is its divergence}, from the configs of the finished runs."""
   found = {}
   for name in DISTILLED:
     recipe = json.loads((pathlib.Path(stages[name].target) / 'config.json').read_text())['recipe']
-    if 'loss' in recipe:
-      found[name] = recipe['loss']['divergence']
+    terms = recipe['loss']['terms'].items() if 'loss' in recipe else ()
+    found |= {name: term for term, section in terms if section['kind'] == 'divergence'}
   return found

@@ -68,14 +68,14 @@ def _write_training(folder, config, model, seed):
   (folder / 'config.json').write_text(json.dumps(config))
   (folder / 'model.json').write_text(json.dumps(dataclasses.asdict(model)))
   rng, lines, steps = np.random.default_rng(seed), [], config['num_steps']
-  loss = config['recipe'].get('loss', {})
+  terms = config['recipe'].get('loss', {}).get('terms', {})
   for step in range(min(10, steps), steps + 1, 10):
     fall = float(np.exp(-2.5 * step / steps) + 0.03 * rng.random())
     row = {'step': step, 'loss': 2 * fall, 'flops': 1e10 * step, 'seconds_per_step': 0.1}
     if config['recipe']['name'] == 'sft':
       row |= {'loss/cross_entropy': 2 * fall, 'token_accuracy': 1 - 0.8 * fall}
-    elif 'divergence' in loss:
-      row |= {'cross_entropy': 2.2 * fall, loss['divergence']: fall}
+    else:
+      row |= {name: (2.2 if name == 'cross_entropy' else 1) * fall for name in terms}
     if 'rollouts' in config['recipe']:
       row |= {'reward': 0.7 - 0.4 * fall}
     lines.append(row)
