@@ -13,7 +13,9 @@ import subprocess
 import sys
 
 ONEDNN = '--xla_cpu_experimental_onednn_custom_call=true'
-PATIENCE = '--xla_cpu_collective_call_terminate_timeout_seconds=600'  # known since before JAX 0.10
+# For virtual devices; both are known since before JAX 0.10.
+PATIENCE = '--xla_cpu_collective_call_terminate_timeout_seconds=600'
+ONE_ORDER = '--xla_cpu_enable_concurrency_optimized_scheduler=false'
 
 # Run in a process of its own, as the answer to an unknown flag is SIGABRT: is the product right that the flag replaces?
 _TRIAL = """
@@ -46,12 +48,15 @@ def set_virtual_devices(count: int):
   """Makes the CPU look like `count` devices, in place of an earlier count; other flags stay.
 
   The devices share the cores: on a busy machine one may reach a collective long after another, and XLA by default
-  aborts the process when 40 seconds lie between them.
+  aborts the process when 40 seconds lie between them. And they share its threads: where collectives do not depend on
+  one another, as with many terms of a loss, a scheduler that puts concurrency first has devices wait in different ones
+  until no thread is left (seen whenever such a program came from the cache of compiled ones).
   """
   flags = re.sub(r'--xla_force_host_platform_device_count=\S*', '', os.environ.get('XLA_FLAGS', ''))
   os.environ['XLA_FLAGS'] = ' '.join([*flags.split(), f'--xla_force_host_platform_device_count={count}'])
-  if not _set_already(PATIENCE.split('=')[0].removeprefix('--')):
-    _add_flag(PATIENCE)
+  for flag in (PATIENCE, ONE_ORDER):
+    if not _set_already(flag.split('=')[0].removeprefix('--')):
+      _add_flag(flag)
 
 
 def _tpu_compiler_only() -> bool:

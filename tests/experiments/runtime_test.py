@@ -22,12 +22,12 @@ def clean(monkeypatch, tmp_path):
 def test_virtual_devices_replace_an_earlier_count_and_keep_the_rest():
   runtime.set_virtual_devices(4)
   runtime.set_virtual_devices(2)
-  assert sorted(os.environ['XLA_FLAGS'].split()) == sorted(
-    ['--xla_cpu_enable_fast_math=false', '--xla_force_host_platform_device_count=2', runtime.PATIENCE])
+  wanted = ['--xla_cpu_enable_fast_math=false', '--xla_force_host_platform_device_count=2']
+  assert sorted(os.environ['XLA_FLAGS'].split()) == sorted([*wanted, runtime.PATIENCE, runtime.ONE_ORDER])
 
 
-def test_patience_is_known_to_xla():
-  assert runtime._try(runtime.PATIENCE)
+def test_flags_of_virtual_devices_are_known_to_xla():
+  assert runtime._try(f'{runtime.PATIENCE} {runtime.ONE_ORDER}')
 
 
 @pytest.mark.parametrize('accepted', [True, False])

@@ -1,4 +1,4 @@
-"""A term of every kind and of every entry of the registries, each with its own weight and rows, and what they run on."""
+"""A term of every kind and of every entry of the registries, each with its weight and rows, and what they run on."""
 
 import functools
 
