@@ -26,6 +26,7 @@ from srm_jax.types import Problem
 
 DEFAULT_COUNT = 1000
 BARREN_DRAWS = 20_000  # a family that yields nothing new for so many draws counts as exhausted
+MOST_REWRITES = 6  # a longer text outgrows the rows of models that are to learn it in a minute
 SPLIT_BUCKETS = {0: 'test', 1: 'dev'}  # of ten; every other bucket is train
 
 
@@ -35,13 +36,15 @@ class Family(NamedTuple):
   settings: arguments of the generator that the oracle relies on; a task's settings are merged over them.
   facts(entry) -> metadata that the oracle, the verifier and the split need; None drops the entry.
   steps(facts) -> (rationale lines, answer).
-  preamble: constant opening of the question that the prompt leaves out: it says nothing, or forbids showing work.
+  preamble, closing: constant parts of the question that the prompt leaves out: they say nothing, forbid showing work,
+    or state rules that are the same for every problem and so part of what is learnt.
   """
 
   settings: Mapping[str, Any]
   facts: Callable[[Mapping[str, Any]], dict[str, Any] | None]
   steps: Callable[[Mapping[str, Any]], tuple[list[str], str]]
   preamble: str = ''
+  closing: str = ''
 
 
 def _apply(a: int, operator: str, b: int) -> int:
@@ -128,6 +131,28 @@ def equation_steps(facts: Mapping[str, Any]) -> tuple[list[str], str]:
   return lines, str(value)
 
 
+_REWRITES = {
+    ('A#', '#A'): [], ('B#', '#B'): [], ('A#', '#B'): ['#B', 'A#'], ('B#', '#A'): ['#A', 'B#'],
+}  # what becomes of two neighbours that face each other
+
+
+def rewriting_steps(facts: Mapping[str, Any]) -> tuple[list[str], str]:
+  """'B# #B A# #B' -> A# #B, #B A#: the leftmost pair that faces each other is rewritten, a line each time."""
+  state, lines = facts['program'].split(), []
+  while True:
+    place = next((i for i, pair in enumerate(zip(state, state[1:])) if pair in _REWRITES), None)
+    if place is None:
+      return lines, ' '.join(state)
+    state[place : place + 2] = _REWRITES[state[place], state[place + 1]]
+    lines.append(' '.join(state))
+
+
+def _program_facts(entry: Mapping[str, Any]) -> dict[str, Any] | None:
+  facts = {'program': re.search(r'following program:\n\n(.*)\n', entry['question'])[1]}
+  lines, answer = rewriting_steps(facts)
+  return facts if answer and len(lines) <= MOST_REWRITES else None  # nothing left is no answer
+
+
 def _interval_facts(entry: Mapping[str, Any]) -> dict[str, Any] | None:
   metadata = entry['metadata']  # its date is the day of generation: only the clock times are kept
   start, end = (metadata[key].split(' ')[1][:5] for key in ('start_time', 'end_time'))
@@ -139,6 +164,26 @@ def _pick(*keys: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
   return lambda entry: {key: entry['metadata'][key] for key in keys}
 
 
+_AB_PREAMBLE = """A::B is a system with 4 tokens: `A#`, `#A`, `B#` and `#B`.
+
+An A::B program is a sequence of tokens. Example:
+
+    B# A# #B #A B#
+
+To *compute* a program, we must rewrite neighbor tokens, using the rules:
+
+    A# #A ... becomes ... nothing
+    A# #B ... becomes ... #B A#
+    B# #A ... becomes ... #A B#
+    B# #B ... becomes ... nothing
+
+In other words, whenever two neighbor tokens have their '#' facing each-other,
+they must be rewritten according to the corresponding rule.
+
+Now, consider the following program:
+
+"""
+
 FAMILIES: dict[str, Family] = {
     'chain_sum': Family(
         {}, _pick('expression'), expression_steps,
@@ -149,6 +194,8 @@ FAMILIES: dict[str, Family] = {
         {}, _pick('animals'), leg_steps,
         preamble='Your task is to count how many legs there are in total when given a list of animals.\n\nNow, '),
     'time_intervals': Family({'task_types': ['time']}, _interval_facts, interval_steps),
+    'ab': Family(
+        {}, _program_facts, rewriting_steps, preamble=_AB_PREAMBLE, closing='Return the final state of the program.'),
     'simple_equations': Family({'max_terms': 2}, _pick('equation'), equation_steps),
 }
 
@@ -165,6 +212,11 @@ PRESETS: dict[str, dict[str, Mapping[str, Mapping[str, Any]]]] = {
             'basic_arithmetic': {'min_terms': 5, 'max_terms': 6, 'min_digits': 1, 'max_digits': 1},
         },
     },
+    'sums': {
+        'families': {'chain_sum': {'min_terms': 3, 'max_terms': 4, 'min_digits': 1, 'max_digits': 1}},
+        'hard': {'chain_sum': {'min_terms': 5, 'max_terms': 6, 'min_digits': 1, 'max_digits': 1}},
+    },
+    'rewriting': {'families': {'ab': {'length': 7}}, 'hard': {'ab': {'length': 9}}},
     'worded_mix': {
         'families': {
             'leg_counting': {'min_animals': 2, 'max_animals': 4, 'min_instances': 1, 'max_instances': 9},
@@ -275,8 +327,9 @@ def generate(
 
 
 def prompt(problem: Problem) -> str:
-  """The question without its family's constant preamble, and a newline."""
-  text = problem.question.removeprefix(FAMILIES[problem.metadata['family']].preamble).strip()
+  """The question without its family's constant parts, and a newline."""
+  family = FAMILIES[problem.metadata['family']]
+  text = problem.question.strip().removeprefix(family.preamble).removesuffix(family.closing).strip()
   return f'{text[0].upper()}{text[1:]}\n'
 
 

@@ -1,0 +1,49 @@
+"""S3: what intermediate matching adds to cross-entropy and to logits on a small fixed set, for one task and seed.
+
+Run: bash experiments/distillation_ablation/run.sh      (with the ablation, whose teacher and start it shares)
+Arms, all on gold solutions of 400 problems: cross-entropy; cross-entropy + forward KL, + FitNets, + cosine,
++ MiniLMv2, + Patient KD on the last layers, + Patient KD on every other layer, + forward KL and cosine.
+Expected: experiments/distillation_ablation/README.md. CLAIMS are judged by the rule of
+configs/studies/distillation_ablation.py. Whether hidden states add to logits is reported, with no claim.
+"""
+
+from configs import base
+from configs.studies import teaching
+
+
+EVERY_LAYER = ('ce_fitnets', 'ce_cosine', 'ce_patient_skip')
+CLAIMS = (
+    teaching.claim('S3: logits add to cross-entropy on a small fixed set', ['ce_logits'], ['ce']),
+    teaching.claim(
+        'S3: hidden states at every layer raise linear CKA to the teacher by 0.1', EVERY_LAYER, ['ce'], what='cka',
+        margin=0.1,
+    ),
+)
+
+
+def losses():
+  """{arm: loss} beside cross-entropy alone."""
+  label, forward_kl = base.term('cross_entropy', 1.0), base.divergence('forward_kl')
+  relations = dict(relation='minilm_v2', layers='final', options=dict(relation_heads=2))
+  terms = dict(
+      ce_logits=dict(logits=forward_kl),
+      ce_fitnets=dict(hidden=base.hidden('fitnets')),
+      ce_cosine=dict(hidden=base.hidden('cosine')),
+      ce_minilm=dict(relations=base.term('relations', **relations)),
+      ce_patient_last=dict(hidden=base.hidden('patient', layers='last')),
+      ce_patient_skip=dict(hidden=base.hidden('patient', layers='skip')),
+      ce_logits_cosine=dict(logits=forward_kl, hidden=base.hidden('cosine')),
+  )
+  return {arm: base.loss(cross_entropy=label, **own) for arm, own in terms.items()}
+
+
+def get_config(arg: str = ''):
+  """arg: 'task=rewriting,seed=2,size=smoke'."""
+
+  def arms(s, data, rows):
+    gold = data(count=s.fixed, seed=a.seed * 1000 + 7)
+    distilled = {arm: base.distill('{teacher}', gold, rows, loss) for arm, loss in losses().items()}
+    return dict(ce=base.sft(gold, rows), **distilled)
+
+  a = base.parse_arg(arg, **teaching.DEFAULTS)
+  return teaching.line(a, arms, CLAIMS)

@@ -1,0 +1,90 @@
+"""What the distillation studies share: a teacher, its annotations, one start for all students, arms, evaluations.
+
+Used by configs/studies/distillation_ablation.py and logits_or_hidden.py, so that their stages are the same and run
+once. Both tasks have models of one shape and rows of one length, so that the programs of one serve the other.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+DEFAULTS = dict(task='sums', size='full', seed=1)
+DEV, TEST = 50_000, 60_000  # offsets of the problem seeds
+
+_START = dict(name='muon', learning_rate=3e-3, matrix_learning_rate=0.02)
+# One rule for all arms, whatever their loss.
+_ARM = dict(name='muon', learning_rate=2e-3, matrix_learning_rate=0.015, warmup_steps=8)
+
+# Heads are 16 wide in both models: relations of queries and of keys then turn with distance alike.
+_FULL = dict(
+    pieces=0, vocab=276, rows=12, length=176, context=224, new_tokens=96, decode_rows=1024,
+    teacher=dict(embed_dim=64, num_layers=3, num_heads=4, mlp_dim=192),
+    student=dict(embed_dim=32, num_layers=2, num_heads=2, mlp_dim=96),
+    optimizer=dict(teacher=_START, base=_START | dict(learning_rate=6e-3, matrix_learning_rate=0.04), arm=_ARM),
+    teacher_problems=8000, gold=1000, prompts=1500, fixed=400, temperature=0.7, sampled=32, row=208,
+    test=1000, dev=200, text_rows=24, steps=dict(teacher=400, base=400, arm=90),
+)
+_SMOKE = _FULL | dict(
+    teacher=dict(embed_dim=32, num_layers=2, num_heads=2, mlp_dim=96),
+    student=dict(embed_dim=16, num_layers=1, num_heads=1, mlp_dim=48),
+    rows=4, new_tokens=32, context=208, teacher_problems=400, gold=100, prompts=32, fixed=32, sampled=4, test=32,
+    dev=16, text_rows=4, steps=dict(teacher=6, base=3, arm=3),
+)
+
+SIZES = {
+    'sums/full': _FULL | dict(new_tokens=48),
+    'sums/smoke': _SMOKE,
+    'rewriting/full': _FULL | dict(pieces=276),
+    'rewriting/smoke': _SMOKE | dict(pieces=270),
+}
+
+
+def claim(text, above, below, *, what='accuracy', margin=0.0):
+  """What a study is to decide: the mean of `what` over the arms `above` is higher than over the arms `below`.
+
+  what: accuracy, entropy, divergence, cka, flops or seconds. The rule is in experiments/study/verdicts.py.
+  """
+  return dict(text=text, above=tuple(above), below=tuple(below), what=what, margin=margin)
+
+
+def line(a, make_arms, claims=()):
+  """Stages: what the studies share, then the arms. make_arms(sizes, data, rows) -> {arm: recipe}."""
+  s, seed, stages = ConfigDict(SIZES[f'{a.task}/{a.size}']), a.seed * 1000, {}
+  data = lambda *split, **options: base.data(a.task, *split, **options)
+  rows = base.batch(s.rows, s.length)
+
+  def training(name, recipe, run_seed, *, shape='student', kind, **options):
+    stages[name] = dict(run='train', config=base.train(
+        recipe, tokenizer='{tokenizer}' if s.pieces else 'byte', seed=run_seed, num_steps=s.steps[kind],
+        model=base.model(**s[shape], vocab_size=s.vocab, max_length=s.context),
+        optimizer=base.optimizer(**s.optimizer[kind]), **options,
+    ))
+
+  known = data(count=s.teacher_problems, seed=seed + 3)
+  if s.pieces:
+    trained = dict(data=known, vocab_size=s.pieces, split_by_whitespace=False)
+    stages['tokenizer'] = dict(run='tokenizer', config=trained)
+  training('teacher', base.sft(known, rows), seed + 3, shape='teacher', kind='teacher')
+  sampling = base.sampling(temperature=s.temperature, max_new_tokens=s.new_tokens, seed=seed + 4)
+  fresh = data(count=s.prompts, seed=seed + 2)
+  annotated = base.annotate('{teacher}', fresh, sampling, batch_size=s.decode_rows, chunk=s.prompts)
+  stages['annotate'] = dict(run='annotate', config=annotated)
+  training('base', base.sft(data(count=s.gold, seed=seed + 1), rows), seed + 5, kind='base')
+  arms = make_arms(s, data, rows)
+  for name, recipe in arms.items():
+    every = s.steps.arm // 3  # checkpoints of which the curve over steps is made
+    training(name, recipe, seed + 6, kind='arm', init_from='{base}', checkpoint_every=every, keep_checkpoints=3)
+  test = data('test', count=s.test, seed=seed + TEST)
+  for name in ('teacher', 'base', *arms):
+    stages[f'test_{name}'] = dict(run='evaluate', config=base.evaluate(
+        f'{{{name}}}', test, dict(greedy=base.strategy()), max_new_tokens=s.new_tokens, batch_size=s.decode_rows,
+    ))
+  for stage in stages.values():
+    if 'progress' in stage['config']:
+      stage['config']['progress'] = False  # two runs at once would write over each other
+  dev = data('dev', count=s.dev, seed=seed + DEV)
+  measure = dict(data=dev, batch=base.batch(s.text_rows, s.length), new_tokens=s.new_tokens, decode_rows=s.decode_rows)
+  return ConfigDict(dict(
+      seed=a.seed, task=a.task, size=a.size, arms=tuple(arms), claims=tuple(claims), measure=measure,
+      order=tuple(stages), stages=stages,
+  ))

@@ -1,0 +1,60 @@
+"""Runs the cells of study configs one after another; several processes, one a task, may share a workdir.
+
+python -m experiments.study --config=configs/studies/distillation_ablation.py:task=sums --seeds=5 --workdir=DIR
+"""
+
+import os
+import sys
+
+from absl import app, flags
+
+from experiments import command, runtime
+from experiments.sweep import load_config, seeds
+
+FLAGS = flags.FLAGS
+
+
+def take_core(number: int):
+  """Keeps this process on one core: models of this size gain nothing from a second one, another process does."""
+  if number >= 0 and hasattr(os, 'sched_setaffinity'):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[number % len(cores)]})
+
+
+def run(configs, seeds_text: str, workdir: str):
+  """Seed by seed, so that a stopped study has whole seeds."""
+  import jax
+
+  from experiments.study import cells
+
+  for seed in seeds(seeds_text):
+    for config in configs:
+      path, _, arg = config.partition(':')
+      made = load_config(path, ','.join(filter(None, [arg, f'seed={seed}'])))
+
+      def report(stage, made=made, seed=seed):
+        print(f'{made.task}, seed {seed}: {stage.name}, {stage.seconds:.0f} s', file=sys.stderr, flush=True)
+
+      cells.run_cell(made, workdir, report=report)
+      jax.clear_caches()  # programs of a cell would pile up; those that the next one needs are on the disk
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments {argv[1:]}')
+  take_core(FLAGS.core)
+  if FLAGS.hasty:
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0'.strip()
+  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')  # a hundred arms share their small programs
+  runtime.prepare()
+  command.guarded(lambda: run(FLAGS.config, FLAGS.seeds, FLAGS.workdir))
+
+
+if __name__ == '__main__':
+  flags.DEFINE_multi_string('config', [], 'FILE.py[:arg] with get_config(arg); several run after each other.')
+  flags.DEFINE_string('seeds', '1', 'How many seeds from 1 on, or the seeds themselves: 7,8,9.')
+  flags.DEFINE_string('workdir', None, 'Where stages and cells go; the same command continues.')
+  flags.DEFINE_integer('core', -1, 'The core to stay on; -1 uses all.')
+  flags.DEFINE_bool('hasty', False, 'Compiles faster what then runs slower: for a few steps.')
+  flags.mark_flags_as_required(['config', 'workdir'])
+  app.run(main)
