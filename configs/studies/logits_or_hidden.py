@@ -4,7 +4,7 @@ Run: bash experiments/distillation_ablation/run.sh      (with the ablation, whos
 Arms, all on gold solutions of 400 problems: cross-entropy; cross-entropy + forward KL, + FitNets, + cosine,
 + MiniLMv2, + Patient KD on the last layers, + Patient KD on every other layer, + forward KL and cosine.
 Expected: experiments/distillation_ablation/README.md. CLAIMS are judged by the rule of
-configs/studies/distillation_ablation.py. Whether hidden states add to logits is reported, with no claim.
+configs/studies/distillation_ablation.py.
 """
 
 from configs import base
@@ -18,6 +18,7 @@ CLAIMS = (
         'S3: hidden states at every layer raise linear CKA to the teacher by 0.1', EVERY_LAYER, ['ce'], what='cka',
         margin=0.1,
     ),
+    teaching.claim('S3, no sign expected: cosine of hidden states adds to logits', ['ce_logits_cosine'], ['ce_logits']),
 )
 
 

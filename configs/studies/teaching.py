@@ -12,12 +12,12 @@ DEFAULTS = dict(task='sums', size='full', seed=1)
 DEV, TEST = 50_000, 60_000  # offsets of the problem seeds
 
 _START = dict(name='muon', learning_rate=3e-3, matrix_learning_rate=0.02)
-# One rule for all arms, whatever their loss.
+# One rule for all arms, whatever their loss. 8 packed rows hold about as many texts as `sampled` prompts.
 _ARM = dict(name='muon', learning_rate=2e-3, matrix_learning_rate=0.015, warmup_steps=8)
 
 # Heads are 16 wide in both models: relations of queries and of keys then turn with distance alike.
 _FULL = dict(
-    pieces=0, vocab=276, rows=12, length=176, context=224, new_tokens=96, decode_rows=1024,
+    pieces=0, vocab=276, rows=12, arm_rows=8, length=176, context=224, new_tokens=96, decode_rows=1024,
     teacher=dict(embed_dim=64, num_layers=3, num_heads=4, mlp_dim=192),
     student=dict(embed_dim=32, num_layers=2, num_heads=2, mlp_dim=96),
     optimizer=dict(teacher=_START, base=_START | dict(learning_rate=6e-3, matrix_learning_rate=0.04), arm=_ARM),
@@ -27,12 +27,12 @@ _FULL = dict(
 _SMOKE = _FULL | dict(
     teacher=dict(embed_dim=32, num_layers=2, num_heads=2, mlp_dim=96),
     student=dict(embed_dim=16, num_layers=1, num_heads=1, mlp_dim=48),
-    rows=4, new_tokens=32, context=208, teacher_problems=400, gold=100, prompts=32, fixed=32, sampled=4, test=32,
-    dev=16, text_rows=4, steps=dict(teacher=6, base=3, arm=3),
+    rows=4, arm_rows=4, new_tokens=32, context=208, teacher_problems=400, gold=100, prompts=32, fixed=32, sampled=4,
+    test=32, dev=16, text_rows=4, steps=dict(teacher=6, base=3, arm=3),
 )
 
 SIZES = {
-    'sums/full': _FULL | dict(new_tokens=48),
+    'sums/full': _FULL | dict(new_tokens=48, row=144),
     'sums/smoke': _SMOKE,
     'rewriting/full': _FULL | dict(pieces=276),
     'rewriting/smoke': _SMOKE | dict(pieces=270),
@@ -51,7 +51,7 @@ def line(a, make_arms, claims=()):
   """Stages: what the studies share, then the arms. make_arms(sizes, data, rows) -> {arm: recipe}."""
   s, seed, stages = ConfigDict(SIZES[f'{a.task}/{a.size}']), a.seed * 1000, {}
   data = lambda *split, **options: base.data(a.task, *split, **options)
-  rows = base.batch(s.rows, s.length)
+  rows, arm_rows = (base.batch(size, s.length) for size in (s.rows, s.arm_rows))
 
   def training(name, recipe, run_seed, *, shape='student', kind, **options):
     stages[name] = dict(run='train', config=base.train(
@@ -64,13 +64,14 @@ def line(a, make_arms, claims=()):
   if s.pieces:
     trained = dict(data=known, vocab_size=s.pieces, split_by_whitespace=False)
     stages['tokenizer'] = dict(run='tokenizer', config=trained)
-  training('teacher', base.sft(known, rows), seed + 3, shape='teacher', kind='teacher')
+  last = dict(checkpoint_every=0, keep_checkpoints=1)
+  training('teacher', base.sft(known, rows), seed + 3, shape='teacher', kind='teacher', **last)
   sampling = base.sampling(temperature=s.temperature, max_new_tokens=s.new_tokens, seed=seed + 4)
   fresh = data(count=s.prompts, seed=seed + 2)
   annotated = base.annotate('{teacher}', fresh, sampling, batch_size=s.decode_rows, chunk=s.prompts)
   stages['annotate'] = dict(run='annotate', config=annotated)
-  training('base', base.sft(data(count=s.gold, seed=seed + 1), rows), seed + 5, kind='base')
-  arms = make_arms(s, data, rows)
+  training('base', base.sft(data(count=s.gold, seed=seed + 1), rows), seed + 5, kind='base', **last)
+  arms = make_arms(s, data, arm_rows)
   for name, recipe in arms.items():
     every = s.steps.arm // 3  # checkpoints of which the curve over steps is made
     training(name, recipe, seed + 6, kind='arm', init_from='{base}', checkpoint_every=every, keep_checkpoints=3)

@@ -4,12 +4,15 @@ python -m experiments.study --config=configs/studies/distillation_ablation.py:ta
 """
 
 import os
+import pathlib
 import sys
+import time
 
 from absl import app, flags
 
 from experiments import command, runtime
-from experiments.sweep import load_config, seeds
+from experiments.study import cells
+from experiments.sweep import seeds
 
 FLAGS = flags.FLAGS
 
@@ -22,21 +25,24 @@ def take_core(number: int):
 
 
 def run(configs, seeds_text: str, workdir: str):
-  """Seed by seed, so that a stopped study has whole seeds."""
+  """Seed by seed, so that a stopped study has whole seeds. Stages go to stdout, cells to stderr."""
   import jax
 
-  from experiments.study import cells
+  from experiments.study import claims
 
-  for seed in seeds(seeds_text):
-    for config in configs:
-      path, _, arg = config.partition(':')
-      made = load_config(path, ','.join(filter(None, [arg, f'seed={seed}'])))
-
-      def report(stage, made=made, seed=seed):
-        print(f'{made.task}, seed {seed}: {stage.name}, {stage.seconds:.0f} s', file=sys.stderr, flush=True)
-
-      cells.run_cell(made, workdir, report=report)
-      jax.clear_caches()  # programs of a cell would pile up; those that the next one needs are on the disk
+  chosen = seeds(seeds_text)
+  line = {(seed, config): cells.open_config(config, seed) for seed in chosen for config in configs}
+  for made in line.values():  # a claim about an arm that is not there is found before anything runs
+    claims.check(made)
+  report = lambda stage: print(f'  {stage.name}: {stage.seconds:.0f} s', flush=True)
+  for number, ((seed, config), made) in enumerate(line.items(), start=1):
+    print(f'{config}, seed {seed}', flush=True)
+    start = time.perf_counter()
+    cells.run_cell(made, workdir, report=report)
+    seconds = time.perf_counter() - start
+    name = pathlib.Path(config.partition(':')[0]).stem
+    print(f'{made.task}: cell {number} of {len(line)}, {name}, seed {seed}, {seconds:.0f} s', file=sys.stderr)
+    jax.clear_caches()  # programs of a cell would pile up; those that the next one needs are on the disk
 
 
 def main(argv):

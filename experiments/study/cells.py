@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from experiments.sweep import load_config
+
 Cell = Mapping[str, Any]
+
+
+def open_config(config: str, seed: int):
+  """FILE.py[:arg] -> what its get_config makes for a seed."""
+  path, _, arg = config.partition(':')
+  return load_config(path, ','.join(filter(None, [arg, f'seed={seed}'])))
 
 
 def path_of(config, workdir) -> pathlib.Path:
@@ -47,7 +55,12 @@ def run_cell(config, workdir, *, report: Callable = lambda stage: None) -> Cell:
     path.parent.mkdir(parents=True, exist_ok=True)
     cell = {'task': config.task, 'seed': config.seed, 'seconds': seconds, 'models': models}
     checkpoints.write_whole(path, json.dumps(cell))
-  return json.loads(path.read_text())
+  return read(config, workdir)
+
+
+def read(config, workdir) -> Cell:
+  """A finished cell."""
+  return json.loads(path_of(config, workdir).read_text())
 
 
 def _tested(folder) -> dict[str, Any]:

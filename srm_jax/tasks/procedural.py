@@ -150,7 +150,7 @@ def rewriting_steps(facts: Mapping[str, Any]) -> tuple[list[str], str]:
 def _program_facts(entry: Mapping[str, Any]) -> dict[str, Any] | None:
   facts = {'program': re.search(r'following program:\n\n(.*)\n', entry['question'])[1]}
   lines, answer = rewriting_steps(facts)
-  return facts if answer and len(lines) <= MOST_REWRITES else None  # nothing left is no answer
+  return facts if answer and 0 < len(lines) <= MOST_REWRITES else None  # nothing left is no answer
 
 
 def _interval_facts(entry: Mapping[str, Any]) -> dict[str, Any] | None:

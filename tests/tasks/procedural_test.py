@@ -13,6 +13,7 @@ SETTINGS = {
     'basic_arithmetic': {'max_terms': 4, 'max_digits': 1, 'allow_negation': True},
     'leg_counting': {'min_animals': 2, 'max_animals': 3},
     'time_intervals': {},
+    'ab': {'length': 7},
     'simple_equations': {'max_value': 12},
 }
 
@@ -32,6 +33,11 @@ def _task(*families):
     '18'),
     (procedural.interval_steps, {'start': '02:05', 'end': '08:14'}, ['14-5=9', '8-2=6'], '06:09'),
     (procedural.interval_steps, {'start': '18:54', 'end': '19:29'}, ['29-54=-25', '60-25=35', '19-18-1=0'], '00:35'),
+    (procedural.rewriting_steps, {'program': 'A# #A B#'}, ['B#'], 'B#'),
+    (procedural.rewriting_steps, {'program': 'A# #B'}, ['#B A#'], '#B A#'),
+    (procedural.rewriting_steps, {'program': 'B# A# #B #A'}, ['B# #B A# #A', 'A# #A', ''], ''),
+    (procedural.rewriting_steps, {'program': 'A# B# #A B# #B'}, ['A# #A B# B# #B', 'B# B# #B', 'B#'], 'B#'),
+    (procedural.rewriting_steps, {'program': '#A B#'}, [], '#A B#'),
     (procedural.equation_steps, {'equation': '3*x + 4 = 19'}, ['19-4=15', '15/3=5'], '5'),
     (procedural.equation_steps, {'equation': '8 - 4*v = -4'}, ['-4-8=-12', '-12/-4=3'], '3'),
     (procedural.equation_steps, {'equation': '-a - 2 = -9'}, ['-9+2=-7', '-7/-1=7'], '7'),
@@ -49,12 +55,33 @@ def test_steps_without_a_rule_say_what_to_set():
     procedural.equation_steps({'equation': 'x**2 = 4'})
 
 
+def test_every_line_of_a_program_is_one_rewrite_of_the_line_before_until_none_is_left():
+  rules = {'A# #A': '', 'B# #B': '', 'A# #B': '#B A#', 'B# #A': '#A B#'}  # as the question states them
+
+  def rewrites(line):
+    found = ((line[:m.start()] + new + line[m.end():]) for old, new in rules.items() for m in re.finditer(old, line))
+    return {' '.join(state.split()) for state in found}
+
+  for problem in _task('ab').problems('train', count=150):
+    lines = [problem.metadata['program'], *problem.rationale.splitlines()]
+    assert 2 <= len(lines) <= procedural.MOST_REWRITES + 1
+    assert all(after in rewrites(before) for before, after in zip(lines, lines[1:]))
+    assert lines[-1] == problem.answer and not rewrites(problem.answer)
+    assert all(f'{old} ... becomes ... {new or "nothing"}' in problem.question for old, new in rules.items())
+
+
+@pytest.mark.parametrize('program', ['A# #A', '#A B#', 'A# ' * 4 + '#B ' * 4])
+def test_programs_without_an_answer_without_a_step_or_with_too_many_are_left_out(program):
+  question = f'{procedural.FAMILIES["ab"].preamble}{program.strip()}\n\nReturn the final state of the program.'
+  assert procedural._program_facts({'question': question}) is None
+
+
 @pytest.mark.parametrize('family', procedural.FAMILIES)
 def test_every_equation_of_a_rationale_holds_and_the_verifier_agrees(family):
   this = _task(family)
   for problem in this.problems('train', count=150):
     equations = re.findall(r'([-+*/\d]+)=(-?\d+)', problem.rationale)
-    assert equations or not problem.rationale
+    assert equations or not problem.rationale or family == 'ab'
     for left, right in equations:
       assert eval(left) == int(right), problem.rationale
     entry = {'answer': problem.answer, 'metadata': problem.metadata}
@@ -100,11 +127,11 @@ def test_neighbouring_seeds_share_little():
 
 
 def test_no_computation_crosses_splits_whatever_seed_wording_order_or_family():
-  this = _task('chain_sum', 'basic_arithmetic', 'leg_counting', 'time_intervals')
+  this = _task('chain_sum', 'basic_arithmetic', 'leg_counting', 'time_intervals', 'ab')
   where = {}
   for seed in (0, 1):
     for split in ('train', 'dev', 'test'):
-      for problem in this.problems(split, count=240, seed=seed):
+      for problem in this.problems(split, count=300, seed=seed):
         if problem.metadata['family'] == 'leg_counting':
           key = frozenset(problem.metadata['animals'].items())
         else:
@@ -167,8 +194,9 @@ def test_grade_gives_full_marks_or_none(answer, grade):
   assert procedural.grade(PROBLEM, f'12+34=46\n#### {answer}') == grade
 
 
-def test_prompt_leaves_the_constant_preamble_out():
-  chain, legs = _task('chain_sum', 'leg_counting').problems('train', count=2)
+def test_prompt_leaves_the_constant_parts_out():
+  chain, legs, program = _task('chain_sum', 'leg_counting', 'ab').problems('train', count=3)
+  assert procedural.prompt(program) == program.metadata['program'] + '\n'
   assert re.fullmatch(r'[-+ \d]+ =\n', procedural.prompt(chain))
   assert procedural.prompt(legs).startswith('How many legs are there in total if you have ')
 

@@ -28,7 +28,8 @@ def test_gold_solutions_are_right_and_other_answers_are_wrong(name):
       assert this.prompt(problem).endswith('\n') and not this.prompt(problem).endswith('\n\n')
       assert this.grade(problem, solution) == 1.0
       assert this.grade(problem, this.answer_cue + problem.answer) == 1.0
-      assert this.grade(problem, solution[:-1] + str((int(solution[-1]) + 1) % 10)) == 0.0
+      wrong = solution[:-1] + str((int(solution[-1]) + 1) % 10) if solution[-1].isdigit() else f'{solution} #A'
+      assert this.grade(problem, wrong) == 0.0
       assert this.grade(problem, problem.rationale) == 0.0 and this.grade(problem, '') == 0.0
       assert this.first_wrong_step(problem, solution) is None
       assert problem.metadata['steps'] == len(solution.splitlines()) - 1 and problem.metadata['family']

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Logits matching against intermediate matching, and S3, on two tasks with five seeds, a core a task:
+#   bash experiments/distillation_ablation/run.sh [--smoke] [--seeds=N] [--workdir=DIR] [--out=FOLDER]
+# Ctrl-C and the same command again continue where it stopped. Results go to --out, by default this folder; those of
+# --smoke stay in the workdir.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+. experiments/environment.sh
+
+size=full seeds=5 workdir='' out='' hasty=()
+for argument in "$@"; do
+  case $argument in
+    --smoke) size=smoke seeds=1 hasty=(--hasty) ;;
+    --seeds=*) seeds=${argument#*=} ;;
+    --workdir=*) workdir=${argument#*=} ;;
+    --out=*) out=${argument#*=} ;;
+    *) say "unknown argument $argument; there are --smoke, --seeds=N, --workdir=DIR and --out=FOLDER"; exit 2 ;;
+  esac
+done
+workdir=${workdir:-runs/distillation_ablation-$size}
+[ "$size" = full ] || out=${out:-$workdir/report}
+out=${out:-experiments/distillation_ablation}
+prepare_environment
+mkdir -p "$workdir"
+
+export JAX_PLATFORMS=cpu
+core=0 processes=() everything=()
+trap 'kill "${processes[@]}" 2>/dev/null || true' EXIT
+for task in sums rewriting; do
+  these=()
+  for study in distillation_ablation logits_or_hidden; do
+    these+=("--config=configs/studies/$study.py:task=$task,size=$size")
+  done
+  everything+=("${these[@]}")
+  "$venv_python" -m experiments.study "${these[@]}" --seeds="$seeds" --workdir="$workdir" --core="$core" \
+    ${hasty[@]+"${hasty[@]}"} >>"$workdir/$task.log" &
+  processes+=($!)
+  core=$((core + 1))
+done
+say "stages are listed in $workdir/sums.log and rewriting.log"
+failed=0
+for process in "${processes[@]}"; do
+  wait "$process" || failed=1
+done
+"$venv_python" -m experiments.study.report "${everything[@]}" --seeds="$seeds" --workdir="$workdir" --out="$out"
+exit "$failed"
