@@ -65,17 +65,34 @@ def adapters(rank=0, *, alpha=None, targets=('attention/*', 'mlp/*'), kind='lora
 INSTRUCTION = "\n\nReason step by step. End with a line that holds '#### ' and the final answer alone."
 
 
-def prompt(format='plain', *, system='', instruction=INSTRUCTION, options=None, supervised='all', turns='all'):
-  """'chat' asks through the chat template beside the tokenizer; what else stands here is for chats alone."""
+def prompt(
+    format='plain', *, preface='', system='', instruction=INSTRUCTION, options=None, supervised='all', turns='all',
+):
+  """'chat' asks through the chat template beside the tokenizer; preface stands before the problem in any format."""
   return ConfigDict(dict(
-      format=format, system=system, instruction=instruction, options=options or {}, supervised=supervised, turns=turns,
+      format=format, preface=preface, system=system, instruction=instruction, options=options or {},
+      supervised=supervised, turns=turns,
   ))
 
 
-def data(task='arithmetic_mix', split='train', *, count=1000, seed=1, records='', target='solution', prompting=None):
+def data(
+    task='arithmetic_mix', split='train', *, count=1000, seed=1, records='', target='solution', pass_rate=None,
+    prompting=None,
+):
   return ConfigDict(dict(
-      task=task, split=split, count=count, seed=seed, records=records, target=target, prompt=prompting or prompt(),
+      task=task, split=split, count=count, seed=seed, records=records, target=target, pass_rate=pass_rate,
+      prompt=prompting or prompt(), mix={},
   ))
+
+
+def mix(count=0, *, seed=1, **parts):
+  """Several data sections; parts: name=(ratio, data(...)), a ratio is a number or a schedule.
+
+  count: examples, drawn beforehand in exact shares; 0 draws row by row, in shares that may change over the run.
+  """
+  mixed = data('', '', count=count, seed=seed)
+  mixed.mix = {name: dict(ratio=ratio, data=part) for name, (ratio, part) in parts.items()}
+  return mixed
 
 
 def batch(size=32, length=128, packing='plan'):
@@ -150,9 +167,18 @@ def sft(data, batch, *, head_chunk=None):
   return ConfigDict(dict(name='sft', data=data, batch=batch, head_chunk=head_chunk))
 
 
-def distill(teacher, data, batch, loss, *, cache=''):
-  """teacher may be '' where no term needs its parameters; cache: folder of its predictions, for terms `top_k`."""
-  return ConfigDict(dict(name='distill', teacher=teacher, cache=cache, data=data, batch=batch, loss=loss))
+def adaptive(*, every=100, held_out=64, smoothing=0.5):
+  """Shares of a mix that are measured anew: rows go where the student lags behind its teacher."""
+  return ConfigDict(dict(every=every, held_out=held_out, smoothing=smoothing))
+
+
+def distill(teacher, data, batch, loss, *, cache='', adaptive=None):
+  """teacher may be '' where no term needs its parameters, or {name: dict(folder, weight)} of several; cache: folder of
+  its predictions, for terms `top_k`.
+  """
+  return ConfigDict(dict(
+      name='distill', teacher=teacher, cache=cache, data=data, adaptive=adaptive, batch=batch, loss=loss,
+  ))
 
 
 def cross_tokenizer(teacher, data, batch, *, teacher_length, chunk_loss='binary_kl', chunk_options=None, **weights):

@@ -25,7 +25,7 @@ from srm_jax.models import adapters, transformer
 from srm_jax.models.config import TransformerConfig, forward_flops, train_flops
 from srm_jax.models.families import PRESETS
 from srm_jax.recipes import (
-    adapted, cached, cross_tokenizer, distill, on_policy, on_policy_distill, policy_gradient, sft,
+    adapted, cached, context, cross_tokenizer, distill, on_policy, on_policy_distill, policy_gradient, sft, teachers,
 )
 from srm_jax.train import TrainConfig, resolve, trained_names
 from srm_jax.train_step import build_train_step, init_state
@@ -294,14 +294,16 @@ def _shape_of(folder: str, student: TransformerConfig) -> TransformerConfig:
 
 def _distill(section, model) -> _Abstract:
   config = schema.parse(distill.DistillConfig, section, 'config.recipe')
-  folder = distill.resident_teacher(config)
-  teacher = _shape_of(folder, model) if folder else None
+  sources = tuple(context.parts_of(config.data))
+  shapes = {name: _shape_of(folder, model) for name, folder in distill.resident_teachers(config).items()}
+  given = (config.loss, model, teachers.Teachers(shapes, teachers.weights(config.teacher, sources)))
   there = cached.read_identity(config.cache) if config.cache else None
-  cached.check(distill.open_terms(config.loss, model, teacher), there, model.vocab_size)
+  cached.check(distill.open_terms(*given, sources=sources), there, model.vocab_size)
   batch = _batch(config.batch.size, config.batch.length)
+  batch = batch._replace(sources=batch.segment_ids if sources else None)
   return _Abstract(
-      distill.objective(config.loss, model, teacher), {'teacher': teacher} if folder else {},
-      _with_known(batch, there.k) if there else batch, distill.projectors(config.loss, model, teacher),
+      distill.objective(*given, sources=sources), shapes, _with_known(batch, there.k) if there else batch,
+      distill.projectors(*given, sources=sources),
   )
 
 
@@ -345,11 +347,53 @@ RECIPES: dict[str, Callable[[Any, TransformerConfig], _Abstract]] = {
 }
 
 
+def _copy(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(resolve(config), convert_dict=True)
+
+
 def with_head(config: ml_collections.ConfigDict, chunk: int | None) -> ml_collections.ConfigDict:
   """The config with another chunk of the lm head: None follows the memory budget, 0 forms all logits at once."""
-  changed = ml_collections.ConfigDict(resolve(config), convert_dict=True)
+  changed = _copy(config)
   recipe = changed.recipe
   owner = recipe if 'head_chunk' in recipe else recipe.loss
   with owner.ignore_type():
     owner.head_chunk = chunk
   return changed
+
+
+def rows_of(config: ml_collections.ConfigDict, devices) -> tuple[int, int]:
+  """Rows of the config's batch, and the fewest that give every device of every microbatch the same whole rows.
+
+  Rollouts come in groups of `samples` rows as well.
+  """
+  parsed = schema.parse(TrainConfig, resolve(config), 'config')
+  mesh = sharding.make_mesh(parsed.mesh, devices)
+  unit = parsed.microbatches * math.prod(mesh.shape[axis] for axis in sharding.TOKEN_AXES)
+  rollouts = parsed.recipe.get('rollouts')
+  if rollouts is None:
+    return parsed.recipe['batch']['size'], unit
+  return rollouts['prompts'] * rollouts['samples'], math.lcm(unit, rollouts['samples'])
+
+
+def with_rows(config: ml_collections.ConfigDict, rows: int) -> ml_collections.ConfigDict:
+  """The config with a batch of so many rows; of rollouts, as many groups as make them."""
+  changed = _copy(config)
+  if 'rollouts' in changed.recipe:
+    changed.recipe.rollouts.prompts = rows // changed.recipe.rollouts.samples
+  else:
+    changed.recipe.batch.size = rows
+  return changed
+
+
+def most_rows(fits: Callable[[int], bool], *, start: int, unit: int) -> int:
+  """The most rows, in multiples of `unit`, that fit; 0 where not even `unit` rows do.
+
+  Doubles from `start` until rows do not fit, then halves the gap. What fits must fit with fewer rows too.
+  """
+  low, high = 0, max(1, start // unit)
+  while fits(high * unit):
+    low, high = high, 2 * high
+  while high - low > 1:
+    middle = (low + high) // 2
+    low, high = (middle, high) if fits(middle * unit) else (low, middle)
+  return low * unit

@@ -31,7 +31,8 @@ class Batch(NamedTuple):
   """Packed next-token examples; every field is [B, T].
 
   inputs/targets are already shifted (only `data.packing` shifts). loss_mask is 1 where the target is supervised.
-  positions restart at 0 in every segment. segment_ids count from 1 within a row; 0 is padding.
+  positions restart at 0 in every segment. segment_ids count from 1 within a row; 0 is padding. sources: which data set
+  of a mix a token is from, counted from 0; None where there is one data set.
   """
 
   inputs: Array
@@ -39,6 +40,7 @@ class Batch(NamedTuple):
   loss_mask: Array
   positions: Array
   segment_ids: Array
+  sources: Array | None = None
 
 
 class Rollouts(NamedTuple):

@@ -25,3 +25,9 @@ def pytest_configure(config):
   config.addinivalue_line('markers', 'slow: minutes rather than seconds; only bash tests/run.sh --all runs it')
   # Tests mirror the library, so two folders may hold files of one name; only this mode tells them apart.
   config.option.importmode = 'importlib'
+
+
+def pytest_collection_modifyitems(items):
+  """Files with slow tests come first: a long one that begins last leaves the other process without work."""
+  slow = {item.path for item in items if item.get_closest_marker('slow')}
+  items.sort(key=lambda item: item.path not in slow)

@@ -17,11 +17,15 @@ WINDOW = 200  # examples sorted by length together; see `plan`
 
 
 class Example(NamedTuple):
-  """tokens: int32 [n]. loss_mask: bool [n], set where the token is supervised as a target; never at the first."""
+  """tokens: int32 [n]. loss_mask: bool [n], set where the token is supervised as a target; never at the first.
+
+  source: which data set of a mix it is from; None where there is one data set.
+  """
 
   id: str
   tokens: np.ndarray
   loss_mask: np.ndarray
+  source: int | None = None
 
 
 def from_text(id, token_ids, eos_id) -> Example:
@@ -178,6 +182,7 @@ def lay_out(examples, bins, capacity) -> types.Batch:
   targets, target_mask = np.roll(tokens, -1), np.roll(mask, -1)
   targets[ends - 1], target_mask[ends - 1] = 0, False  # the last token of a segment predicts nothing
   segments = np.repeat(rank_in_row(rows), lengths)
+  mixed = chosen[0].source is not None
 
   def field(values, dtype):
     out = np.zeros(len(bins) * capacity, dtype)
@@ -190,6 +195,7 @@ def lay_out(examples, bins, capacity) -> types.Batch:
       loss_mask=field(target_mask, np.float32),
       positions=field(positions, np.int32),
       segment_ids=field(segments, np.int32),
+      sources=field(np.repeat([example.source for example in chosen], lengths), np.int32) if mixed else None,
   )
 
 

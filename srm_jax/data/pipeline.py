@@ -7,7 +7,7 @@ nothing is dropped. Every host computes the same tables from lengths alone and l
 
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -174,37 +174,3 @@ def scheduled_source(
     cursor.update(step=state['step'])
 
   return types.Source(next_batch, get_state, set_state)
-
-
-def mixture(
-    parts: Mapping[str, Sequence[packing.Example]], ratios: Mapping[str, float], *, size, seed
-) -> list[packing.Example]:
-  """A data set of `size` examples with exact shares; `Schedule` permutes it each epoch.
-
-  Counts are size * ratio / sum of ratios, rounded by largest remainder. A part larger than its count is sampled without
-  replacement; of a smaller one no example occurs more than once oftener than another.
-
-  Args:
-    parts: name -> examples.
-    ratios: name -> non-negative weight, for the same names.
-
-  Raises:
-    ValueError: names differ, a weight is negative, or a part with a positive weight is empty.
-  """
-  if parts.keys() != ratios.keys():
-    raise ValueError(f'ratios name {sorted(ratios)}, parts are {sorted(parts)}; name each part once')
-  names = sorted(parts)
-  weights = np.array([ratios[name] for name in names], np.float64)
-  if weights.min() < 0 or weights.sum() == 0:
-    raise ValueError(f'ratios {dict(ratios)} must be non-negative, and one positive')
-  exact = size * weights / weights.sum()
-  counts = np.floor(exact).astype(int)
-  counts[np.argsort(counts - exact, kind='stable')[: size - counts.sum()]] += 1
-  mixed = []
-  for number, (name, count) in enumerate(zip(names, counts.tolist(), strict=True)):
-    if count and not len(parts[name]):
-      raise ValueError(f"part '{name}' is empty but has ratio {ratios[name]}; drop it or fill it")
-    for epoch in range(-(-count // max(len(parts[name]), 1))):
-      order = packing.permutation(len(parts[name]), seed, number, epoch)
-      mixed += [parts[name][i] for i in order[: count - epoch * len(parts[name])]]
-  return mixed

@@ -25,13 +25,15 @@ SUPERVISED = ('all', 'answer')
 class PromptConfig:
   """How problems are put.
 
-  format: 'plain' is the task's own text, 'chat' a message in the chat template beside the tokenizer. Of chats alone:
+  format: 'plain' is the task's own text, 'chat' a message in the chat template beside the tokenizer. preface: stands
+  before the problem: worked examples for a base model, or a word that says which of several things is asked. Of chats:
   system: the system message, '' for none. instruction: what follows the problem in the user's message. options:
   variables of the template ({'enable_thinking': False}). supervised: 'all' that the assistant writes, or the 'answer'
   without the reasoning before it. turns: which turns of a conversation are learnt, 'all' or the 'last'.
   """
 
   format: str
+  preface: str
   system: str
   instruction: str
   options: Mapping[str, Any]
@@ -80,12 +82,12 @@ def answer_of(text: str, *, opened: bool) -> str:
   return '' if MARKERS[0] in answer or (opened and not closed) else answer
 
 
-def plain(task: Task, tokenizer: Tokenizer) -> Prompting:
-  """The task's own text, after what the model's own tokenizer puts before every text."""
+def plain(task: Task, tokenizer: Tokenizer, *, preface='') -> Prompting:
+  """The preface and the task's own text, after what the model's own tokenizer puts before every text."""
   prefix = tuple(tokenizer.prefix_ids)
 
   def prompt(problem):
-    text = task.prompt(problem)
+    text = preface + task.prompt(problem)
     return Prompt(problem.id, text, (*prefix, *tokenizer.encode(text)) if prefix else ())
 
   def example(identifier, problem, completion, *, finished=True):
@@ -107,7 +109,7 @@ def _chat(config, task, tokenizer) -> Prompting:
   options = dict(config.options)
 
   def messages(problem):
-    asked = {'role': 'user', 'content': task.prompt(problem).strip() + config.instruction}
+    asked = {'role': 'user', 'content': config.preface + task.prompt(problem).strip() + config.instruction}
     return [*([{'role': 'system', 'content': config.system}] if config.system else []), asked]
 
   def prompt(problem):
@@ -145,4 +147,8 @@ def _reasoning_task(task: Task, opened: bool) -> Task:
   )
 
 
-FORMATS = {'plain': lambda config, task, tokenizer: plain(task, tokenizer), 'chat': _chat}
+def _plain(config, task, tokenizer) -> Prompting:
+  return plain(task, tokenizer, preface=config.preface)
+
+
+FORMATS = {'plain': _plain, 'chat': _chat}

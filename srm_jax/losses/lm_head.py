@@ -13,10 +13,11 @@ Two entry points, by what happens to the numbers afterwards:
 Both take chunk=None (from `default_chunk`), a number of tokens that a device handles at a time, or 0: the whole logits
 at once under plain automatic differentiation, which is the reference for the rest.
 
-Per-token function: fn(student_logits [n, V], teacher_logits [n, Vt] or None, targets [n], *, axis_name) on float32
-logits. reduced wants (loss [n], {name: [n]}), per_token {name: [n]}, all float32. V is the local slice where axis_name
-is not None, so fn reduces over the vocabulary with `losses.vocabulary`. Soft caps and temperatures belong into fn; fn
-may close over constants, but asking for their gradient is an error.
+Per-token function: fn(student_logits [n, V], teacher_logits [n, Vt], targets [n], *, axis_name) on float32 logits;
+teacher_logits is None without a teacher, and a tuple where a tuple of teachers was given. reduced wants (loss [n],
+{name: [n]}), per_token {name: [n]}, all float32. V is the local slice where axis_name is not None, so fn reduces over
+the vocabulary with `losses.vocabulary`. Soft caps and temperatures belong into fn; fn may close over constants, but
+asking for their gradient is an error.
 """
 
 import functools
@@ -50,7 +51,7 @@ class _Layout(NamedTuple):
 
   rows: tuple = ()
   student_embed: str | None = None
-  teacher_embed: str | None = None
+  teacher_embed: tuple = ()
   vocab: str | None = None
 
 
@@ -67,7 +68,7 @@ def reduced(fn, student, targets, weights, *, teacher=None, chunk=None, mesh=Non
     student: Head of [B, T, D] and [D, V].
     targets: [B, T], or a pytree of [B, T, ...] where fn needs more per token.
     weights: [B, T].
-    teacher: Head of [B, T, Dt] and [Dt, Vt], or None.
+    teacher: Head of [B, T, Dt] and [Dt, Vt], a tuple of Heads, or None.
     chunk: tokens per step on each device; None from `default_chunk`, 0 all logits at once.
     mesh: device mesh with Auto axes, or None.
 
@@ -78,6 +79,7 @@ def reduced(fn, student, targets, weights, *, teacher=None, chunk=None, mesh=Non
     ValueError: chunk is negative.
     AssertionError: shapes disagree, or fn returns something else than one number per token.
   """
+  fn, teacher = _as_tuple(fn, teacher)
   _check(student, teacher, targets, chunk)
   weights = weights.astype(jnp.float32)
   if chunk != 0:
@@ -95,7 +97,7 @@ def per_token(fn, student, targets, *, teacher=None, chunk=None, mesh=None):
     fn: per-token function with result {name: [n]}.
     student: Head of [B, T, D] and [D, V].
     targets: [B, T], or a pytree of [B, T, ...].
-    teacher: Head of [B, T, Dt] and [Dt, Vt], or None.
+    teacher: as in `reduced`.
     chunk: as in `reduced`.
     mesh: as in `reduced`.
 
@@ -105,6 +107,7 @@ def per_token(fn, student, targets, *, teacher=None, chunk=None, mesh=None):
   Raises:
     ValueError, AssertionError: as in `reduced`.
   """
+  fn, teacher = _as_tuple(fn, teacher)
   _check(student, teacher, targets, chunk)
   if chunk != 0:
     return _per_token(fn, chunk, mesh, student, teacher, targets)
@@ -178,8 +181,19 @@ def _totals(loss, aux, weights):
   return total(loss), jax.tree.map(lambda x: total(jax.lax.stop_gradient(x)), aux)
 
 
+def _as_tuple(fn, teacher):
+  """(fn of a tuple of logits, tuple of Heads), whatever the caller has."""
+  if isinstance(teacher, tuple) and not isinstance(teacher, Head):
+    return fn, teacher
+
+  def of_one(student_logits, teacher_logits, targets, *, axis_name):
+    return fn(student_logits, *(teacher_logits or (None,)), targets, axis_name=axis_name)
+
+  return of_one, () if teacher is None else (teacher,)
+
+
 def _check(student, teacher, targets, chunk):
-  heads = [student] if teacher is None else [student, teacher]
+  heads = [student, *teacher]
   for head in heads:
     chex.assert_rank([head.hidden, head.kernel], [3, 2])
     chex.assert_axis_dimension(head.kernel, 0, head.hidden.shape[-1])
@@ -192,8 +206,9 @@ def _dense(fn, student, teacher, targets, active):
   """fn on the logits of all tokens, as plain traced code; every leaf of the result is [B, T]."""
   # Flat first: a weight gradient that contracts two dimensions is markedly slower on the CPU.
   flat = functools.partial(jax.tree.map, _flat)
-  logits = lambda head: None if head is None else _logits(_where_active(flat(active), flat(head.hidden)), head.kernel)
-  result = _apply(fn, logits(student), jax.lax.stop_gradient(logits(teacher)), flat(targets), None)
+  logits = lambda head: _logits(_where_active(flat(active), flat(head.hidden)), head.kernel)
+  theirs = tuple(jax.lax.stop_gradient(logits(head)) for head in teacher)
+  result = _apply(fn, logits(student), theirs, flat(targets), None)
   return jax.tree.map(lambda x: x.reshape(student.hidden.shape[:2]), result)
 
 
@@ -205,15 +220,15 @@ def _sweep(fn, chunk, mesh, student, teacher, targets, cotangents):
   layout = _layout(mesh, student, teacher)
   platform = jax.default_backend() if mesh is None else _platform(mesh)
   local = functools.partial(_local_sweep, fn, chunk, platform, layout)
-  if layout == _Layout():
+  if not layout.rows and layout.vocab is None:
     return local(student, teacher, targets, cotangents)
   rows = PartitionSpec(layout.rows)
   student_spec = Head(rows, PartitionSpec(layout.student_embed, layout.vocab))
-  teacher_spec = Head(rows, PartitionSpec(layout.teacher_embed, layout.vocab))
+  teacher_spec = tuple(Head(rows, PartitionSpec(embed, layout.vocab)) for embed in layout.teacher_embed)
   return jax.shard_map(
     local,
     mesh=mesh,
-    in_specs=(student_spec, None if teacher is None else teacher_spec, rows, rows),
+    in_specs=(student_spec, teacher_spec, rows, rows),
     out_specs=(rows, None if cotangents is None else student_spec),
   )(student, teacher, targets, cotangents)
 
@@ -221,17 +236,17 @@ def _sweep(fn, chunk, mesh, student, teacher, targets, cotangents):
 def _layout(mesh, student, teacher):
   """How the rules of `sharding` split these arrays; what does not divide stays whole."""
   if mesh is None or mesh.size == 1:
-    return _Layout()
+    return _Layout(teacher_embed=(None,) * len(teacher))
   rows = sharding.spec(('batch',), student.hidden.shape[:1], mesh)[0] or ()
   alone = lambda axis: axis is not None and mesh.shape[axis] == 1  # splits nothing, and must not forbid whole rows
   split = lambda head: (
       None if alone(axis) else axis for axis in sharding.spec(('embed', 'vocab'), head.kernel.shape, mesh)
   )
-  embed, vocab = split(student)
-  teacher_embed, teacher_vocab = (None, vocab) if teacher is None else split(teacher)
-  vocab = vocab and teacher_vocab  # One axis_name serves both.
-  # Where every device holds all rows, gathering W by hand would make equal results count as different ones.
-  return _Layout(rows, embed, teacher_embed, vocab) if rows else _Layout(vocab=vocab)
+  (embed, *embeds), (vocab, *vocabs) = zip(*map(split, (student, *teacher)))
+  vocab = vocab if all(vocabs) else None  # One axis_name serves all.
+  if not rows:  # Every device holds all rows: gathering W by hand would make equal results count as different ones.
+    embed, embeds = None, [None] * len(teacher)
+  return _Layout(rows, embed, tuple(embeds), vocab)
 
 
 def _platform(mesh):
@@ -243,12 +258,12 @@ def _local_sweep(fn, chunk, platform, layout, student, teacher, targets, cotange
   """The sweep over the tokens of one device."""
   shape = student.hidden.shape[:2]
   kernel = _whole_kernel(student, layout.student_embed)
-  teacher_kernel = _whole_kernel(teacher, layout.teacher_embed)
-  widest = max(k.shape[1] for k in (kernel, teacher_kernel) if k is not None)
+  teacher_kernels = tuple(_whole_kernel(head, embed) for head, embed in zip(teacher, layout.teacher_embed, strict=True))
+  widest = max(k.shape[1] for k in (kernel, *teacher_kernels))
   chunk = chunk or default_chunk(math.prod(shape), widest, platform=platform)
-  step = functools.partial(_step, fn, layout.vocab, kernel, teacher_kernel)
+  step = functools.partial(_step, fn, layout.vocab, kernel, teacher_kernels)
   add = functools.partial(_add_product, blocks=_blocks(kernel.shape[1]) if platform == 'cpu' else 1)
-  streams = (student.hidden, None if teacher is None else teacher.hidden, targets, cotangents)
+  streams = (student.hidden, tuple(head.hidden for head in teacher), targets, cotangents)
   start = None if cotangents is None else _zeros(kernel.shape, layout)
   (outputs, dhidden), dkernel = _over_chunks(step, add, start, streams, math.ceil(math.prod(shape) / chunk), chunk)
   outputs, dhidden = jax.tree.map(lambda x: x[: math.prod(shape)].reshape(shape + x.shape[1:]), (outputs, dhidden))
@@ -269,14 +284,14 @@ def _over_chunks(step, add, dkernel, streams, count, chunk):
   return jax.tree.map(_flat, results), dkernel
 
 
-def _step(fn, axis_name, kernel, teacher_kernel, hidden, teacher_hidden, targets, cotangents):
+def _step(fn, axis_name, kernel, teacher_kernels, hidden, teacher_hidden, targets, cotangents):
   """One chunk: ((outputs, aux), dhidden [n, D], (hidden [n, D], dlogits [n, V]) of dkernel); the gradients None
   without cotangents.
   """
   active = None if cotangents is None else _any_nonzero(cotangents)
   hidden = _where_active(active, hidden)
   logits = _logits(hidden, kernel)
-  teacher_logits = None if teacher_kernel is None else _logits(teacher_hidden, teacher_kernel)
+  teacher_logits = tuple(map(_logits, teacher_hidden, teacher_kernels))
   apply = lambda x: _apply(fn, x, teacher_logits, targets, axis_name)
   if cotangents is None:
     return apply(logits), None, None
@@ -343,8 +358,6 @@ def _logits(hidden, kernel):
 
 def _whole_kernel(head, axis_name):
   """The kernel in the compute dtype, cast before it is gathered."""
-  if head is None:
-    return None
   kernel = head.kernel.astype(head.hidden.dtype)
   return kernel if axis_name is None else jax.lax.all_gather(kernel, axis_name, axis=0, tiled=True)
 

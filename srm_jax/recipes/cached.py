@@ -99,19 +99,20 @@ def check(terms: Mapping[str, Any], there: Identity | None, rows: int):
 
 
 def open_source(
-    data: DataConfig, batch: BatchConfig, context: Context, folder: str, teacher: str
+    data: DataConfig, batch: BatchConfig, context: Context, folder: str, teacher: str, *, adapt=None,
 ) -> tuple[Source, Identity | None]:
   """The source of a data section, and what its cache was made with.
 
   Args:
     folder: of the cache; '' gives the plain data set.
     teacher: folder of the model that must have written it; '' takes whichever did.
+    adapt: as in `dataset`; a cache is read in a fixed order.
 
   Raises:
     ConfigError: as `open_known`.
   """
   if not folder:
-    return dataset(data, batch, context), None
+    return dataset(data, batch, context, adapt=adapt), None
   examples = examples_of(data, context.tokenizer)
   # As it is stored: a cast teacher has another fingerprint.
   fingerprint = checkpoints.load_model(teacher).fingerprint if teacher else None

@@ -124,7 +124,6 @@ def build(section, context: Context) -> Recipe:
   teacher = load_teacher(config.teacher, context)
   terms = distill.open_terms(config.loss, context.model, teacher.config)
   _check_rows(config, terms)
-  cached.check(terms, None, context.model.vocab_size)
   cached.check(terms, None, context.model.vocab_size)  # what the student samples is in no cache
   advantage = schema.bind(
       'advantage', config.advantage.name, config.advantage.options, ADVANTAGES, given=('valid',)

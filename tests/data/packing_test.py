@@ -51,7 +51,10 @@ def test_pack_hand_values():
   np.testing.assert_array_equal(batch.loss_mask, [[0, 1, 1, 0, 1, 0, 0, 0]])
   np.testing.assert_array_equal(batch.positions, [[0, 1, 2, 3, 0, 1, 0, 0]])
   np.testing.assert_array_equal(batch.segment_ids, [[1, 1, 1, 1, 2, 2, 0, 0]])
-  assert [field.dtype for field in batch] == [np.int32, np.int32, np.float32, np.int32, np.int32]
+  assert [field.dtype for field in batch[:5]] == [np.int32, np.int32, np.float32, np.int32, np.int32]
+  assert batch.sources is None
+  mixed = packing.pack([example._replace(source=2 + i) for i, example in enumerate(examples)], np.array([[0, 1]]), 8)
+  np.testing.assert_array_equal(mixed.sources, [[2, 2, 2, 2, 3, 3, 0, 0]])
 
 
 def test_every_example_is_in_the_plan_once_and_rows_fit():

@@ -146,3 +146,13 @@ def test_what_does_not_fit_is_an_error_that_says_so(folders, tmp_path):
   chats.save(tmp_path, chats.FAMILIES['qwen2_5'])
   with pytest.raises(schema.ConfigError, match='has no chat template'):
     opened(tokenizer_files.load(tmp_path), format='chat')
+
+
+def test_a_preface_stands_before_the_problem(folders):
+  byte = tokenizer_files.load('byte')
+  asked, plain = opened(byte, preface='[answer] '), opened(byte)
+  assert asked.prompt(PROBLEM).text == f'[answer] {plain.prompt(PROBLEM).text}'
+  example = asked.example('e', PROBLEM, '7')
+  assert bytes(example.tokens[~example.loss_mask].tolist()).decode() == asked.prompt(PROBLEM).text
+  chat_text = opened(tokenizer_files.load(folders['qwen2_5']), format='chat', preface='Q: ').prompt(PROBLEM).text
+  assert 'Q: 3+4' in chat_text

@@ -100,6 +100,96 @@ def test_unfiltered_targets_learn_from_wrong_annotations_too(tmp_path):
   assert [item.completion for item in gold] == [f'#### {problem.answer}' for problem in PROBLEMS[:2]]
 
 
+@pytest.fixture(scope='module')
+def chains(tmp_path_factory):
+  """Two right chains and a wrong one of the first problem, a right one of the second, a wrong one of the third."""
+  path = tmp_path_factory.mktemp('chains') / 'annotations.jsonl'
+  first, second, third = PROBLEMS
+  records.write(path, [
+      annotation(first, 0, f'a\nb\n#### {first.answer}', True), annotation(first, 1, f'c\n#### {first.answer}', True),
+      annotation(first, 2, 'd\n#### x', False), annotation(second, 0, f'e\n#### {second.answer}', True),
+      annotation(third, 0, '#### x', False),
+  ])
+  return str(path)
+
+
+@pytest.mark.parametrize('target, expected', [
+    ('rationale', ['a\nb', 'c', 'e']), ('answer', [f'#### {problem.answer}' for problem in PROBLEMS[:2]]),
+])
+def test_chains_and_answers_apart(chains, target, expected):
+  assert [item.completion for item in context.worked_examples(section(records=chains, target=target))] == expected
+
+
+def test_gold_answers_and_no_rationale():
+  answers = context.worked_examples(section(count=3, target='answer'))
+  assert [item.completion for item in answers] == [f'#### {item.problem.answer}' for item in answers]
+  with pytest.raises(schema.ConfigError, match='nothing to learn from'):  # these solutions are an answer alone
+    context.worked_examples(section(count=3, target='rationale'))
+
+
+def test_problems_by_pass_rate(chains):
+  rates = context.pass_rates(list(records.read(chains)))
+  assert rates == {PROBLEMS[0].id: 2 / 3, PROBLEMS[1].id: 1.0, PROBLEMS[2].id: 0.0}
+  first, second, _ = (problem.id for problem in PROBLEMS)
+
+  def learnt(*rate):
+    data = section(records=chains, target='completion', pass_rate=rate)
+    return {item.problem.id for item in context.worked_examples(data)}
+
+  assert learnt(0.5, 1.0) == {first, second} and learnt(0.9, 1.0) == {second} and learnt(0, 0.9) == {first}
+
+
+@pytest.mark.parametrize('rate, message', [
+    ((0.5,), 'expected'), ((0.9, 0.1), 'expected'), ((0, 2), 'expected'), ((0.0, 'x'), 'expected'),
+])
+def test_pass_rates_that_cannot_be(chains, rate, message):
+  with pytest.raises(schema.ConfigError, match=f'data.pass_rate .* {message}'):
+    context.worked_examples(section(records=chains, target='completion', pass_rate=rate))
+
+
+def test_pass_rates_are_of_annotations():
+  with pytest.raises(schema.ConfigError, match='is of data.records'):
+    context.worked_examples(section(pass_rate=(0.0, 1.0)))
+
+
+def mix(count=0, **ratios):
+  parts = {name: (ratio, tiny.data(count=6, seed=seed)) for seed, (name, ratio) in enumerate(ratios.items())}
+  return schema.parse(context.DataConfig, base.mix(count, **parts), 'data')
+
+
+BATCH = schema.parse(context.BatchConfig, base.batch(4, 16, 'one_per_row'), 'batch')
+
+
+def test_a_mix_drawn_beforehand_has_exact_shares():
+  examples = context.examples_of(mix(10, b=4.0, a=1), BYTES)
+  assert [example.source for example in examples].count(0) == 2 and len(examples) == 10  # a comes first by name
+  batch = context.dataset(mix(10, b=4.0, a=1), BATCH, CONTEXT).next(None, 0)
+  assert batch.sources.shape == batch.inputs.shape and set(batch.sources[batch.segment_ids > 0]) <= {0, 1}
+
+
+def test_a_mix_drawn_row_by_row_follows_schedules():
+  growing = dict(name='switch', start=0.0, end=1.0, steps=2)
+  source = context.dataset(mix(a=1.0, b=growing), BATCH, CONTEXT)
+  assert [int(source.next(None, step).sources.max(axis=1).sum()) for step in range(4)] == [0, 0, 2, 2]
+
+
+@pytest.mark.parametrize('section, message', [
+    (lambda: mix(4, all=1, b=1), "data.mix.all: rows of a loss are called so"),
+    (lambda: mix(4, a=dict(name='linear', start=0.0, end=1.0, steps=2)), 'ratio changes over the run'),
+    (lambda: mix(4, a='much'), 'data.mix.a.ratio'), (lambda: mix(4, a=-1, b=2), 'must be non-negative'),
+])
+def test_mixes_that_cannot_be_are_refused(section, message):
+  with pytest.raises(schema.ConfigError, match=message):
+    context.dataset(section(), BATCH, CONTEXT)
+
+
+def test_what_reads_a_mix_whole_needs_a_count():
+  with pytest.raises(schema.ConfigError, match='needs a count'):
+    context.examples_of(mix(a=1.0), BYTES)
+  with pytest.raises(schema.ConfigError, match='needs problems'):
+    context.load_problems(mix(4, a=1.0))
+
+
 def test_loss_lies_on_the_completion_and_its_end():
   prompt = tiny.SUMS.prompt(PROBLEMS[0])
   asked = context.open_data(section(), BYTES)
