@@ -42,7 +42,8 @@ def run(configs, seeds_text: str, workdir: str):
     seconds = time.perf_counter() - start
     name = pathlib.Path(config.partition(':')[0]).stem
     print(f'{made.task}: cell {number} of {len(line)}, {name}, seed {seed}, {seconds:.0f} s', file=sys.stderr)
-    jax.clear_caches()  # programs of a cell would pile up; those that the next one needs are on the disk
+    if config == configs[-1]:  # programs of a seed would pile up; those that the next one needs are on the disk
+      jax.clear_caches()
 
 
 def main(argv):

@@ -75,14 +75,14 @@ def make_generate(
 
 
 def side_by_side() -> int:
-  """How many batches to decode at once: two on a CPU with several cores, one on anything else.
+  """How many batches to decode at once: two on a CPU where this process may use several cores, else one.
 
   A decode step of a small model alternates between products, which use all cores, and attention and bookkeeping, which
   use one; a second batch fills the gaps (measured on two cores: 1.6 times the tokens per second). Programs of a mesh
   stay in one order, so that their collectives meet.
   """
-  alone = current_mesh() is not None or jax.default_backend() != 'cpu' or (os.cpu_count() or 1) < 2
-  return 1 if alone else 2
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+  return 1 if current_mesh() is not None or jax.default_backend() != 'cpu' or cores < 2 else 2
 
 
 def _map(function, items, workers: int):

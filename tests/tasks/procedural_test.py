@@ -114,7 +114,8 @@ def test_times_that_reasoning_gym_answers_wrongly_are_dropped():
 def test_problems_depend_on_split_seed_and_count_alone():
   this = _task('chain_sum', 'leg_counting')
   first = this.problems('train', count=40, seed=3)
-  assert first == this.problems('train', count=40, seed=3)
+  assert first == _task('chain_sum', 'leg_counting').problems('train', count=40, seed=3)
+  assert first == this.problems('train', count=40, seed=3) and first is not this.problems('train', count=40, seed=3)
   assert first[:10] == this.problems('train', count=10, seed=3)
   assert [problem.metadata['family'] for problem in first[:4]] == ['chain_sum', 'leg_counting'] * 2
   assert len({problem.id for problem in first}) == len({problem.question for problem in first}) == 40
