@@ -1,0 +1,175 @@
+"""Studies of the literature at the size of two CPU cores: what is expected, what came out here, how to see it again.
+
+python -m experiments.reproduce --list
+python -m experiments.reproduce --run=S2 --workdir=runs/S2 [--smoke] [--seeds=5]    (the same command continues)
+"""
+
+import importlib
+import json
+import pathlib
+import subprocess
+import sys
+import textwrap
+from typing import NamedTuple
+
+from absl import app, flags
+
+from experiments import command, runtime
+from experiments.sweep import seeds
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+ABLATION = 'experiments/distillation_ablation'
+STUDIES = 'experiments/distillation_studies'
+NOT_RUN = 'not run'
+
+
+class Entry(NamedTuple):
+  """A study: what was published, and where it is done again.
+
+  expected: a line a claim, in the order of the claims that begin with `claims` in the recorded verdicts. config: below
+  the repository; its stem is the section of `results`. module: of experiments/distillation_studies, which runs it;
+  script: what runs it where that is ''.
+  """
+
+  title: str
+  paper: str
+  expected: tuple[str, ...]
+  config: str
+  results: str
+  module: str = ''
+  script: str = ''
+  claims: str | tuple[str, ...] = ''
+
+
+ENTRIES: dict[str, Entry] = {
+    'ablation': Entry(
+        'Logits against hidden states, off-policy and on-policy', 'arXiv:2306.13649, arXiv:1412.6550, arXiv:2012.15828',
+        ('mean of four logit losses - SFT on the same annotations > 0', 'the same, on-policy - off-policy > 0',
+         'logit losses - hidden losses > 0, off-policy', 'forward KL + cosine - forward KL > 0, off-policy'),
+        'configs/studies/distillation_ablation.py', f'{ABLATION}/results.json', script=f'{ABLATION}/run.sh',
+        claims=('Off-policy', 'Logits'),
+    ),
+    'S1': Entry(
+        'Divergences on-policy against forward KL off-policy (GKD)', 'arXiv:2306.13649',
+        ('mean of on-policy divergences - forward KL off-policy > 0, p < .05',
+         'entropy after forward KL - after reverse KL > 0, both on-policy'),
+        'configs/studies/distillation_ablation.py', f'{ABLATION}/results.json', script=f'{ABLATION}/run.sh',
+        claims='S1',
+    ),
+    'S1b': Entry(
+        'Reverse KL seeks a mode where the student is too small (MiniLLM)', 'arXiv:2306.08543',
+        ('invalid texts, forward - reverse KL > 0, both on-policy', 'entropy of ways, forward - reverse KL > 0',
+         'invalid texts, forward KL off-policy - MiniLLM > 0', 'entropy of ways, forward KL off-policy - MiniLLM > 0'),
+        'configs/studies/capacity_gap.py', f'{STUDIES}/S1b/results.json', module='capacity_gap',
+    ),
+    'S2': Entry(
+        'On-policy distillation needs fewer updates than GRPO',
+        'thinkingmachines.ai/blog/on-policy-distillation, arXiv:2505.09388 (published: 7 to 10 times)',
+        ('updates of GRPO / of distillation on sampled tokens, to 70 %: >= 1.5',
+         'updates of GRPO / of distillation over the vocabulary, to 70 %: >= 4'),
+        'configs/studies/on_policy_or_rl.py', f'{STUDIES}/S2/results.json', module='on_policy_or_rl',
+    ),
+    'S2b': Entry(
+        'On-policy distillation learns from one prompt, RL does not', 'thinkingmachines.ai/blog/on-policy-distillation',
+        ('held-out accuracy, distillation - GRPO > 0, 1 prompt', 'held-out accuracy, distillation - GRPO > 0, 8 prompts'),
+        'configs/studies/one_prompt.py', f'{STUDIES}/S2b/results.json', module='one_prompt',
+    ),
+    'S3': Entry(
+        'What hidden states add to labels and to logits', 'arXiv:1412.6550, arXiv:1908.09355, arXiv:2012.15828',
+        ('accuracy, cross-entropy + forward KL - cross-entropy > 0', 'CKA to the teacher, + hidden states - without >= 0.1'),
+        'configs/studies/logits_or_hidden.py', f'{ABLATION}/results.json', script=f'{ABLATION}/run.sh', claims='S3:',
+    ),
+    'S7': Entry(
+        'Small students learn from short chains, larger ones from long', 'arXiv:2502.12143, arXiv:2506.07712',
+        ('smallest student, short - long > 0, equal epochs', 'rank correlation of (long - short) with size > .8, epochs',
+         'smallest student, short - long > 0, equal tokens', 'rank correlation of (long - short) with size > .8, tokens',
+         'a fifth of long chains - the better pure set > -1 point, equal tokens'),
+        'configs/studies/chain_length.py', f'{STUDIES}/S7/results.json', module='chain_length',
+    ),
+}
+
+
+def recorded(entry: Entry) -> list[dict] | None:
+  """The verdicts of the recorded run, in the order of `expected`; None where there is none."""
+  path = ROOT / entry.results
+  found = json.loads(path.read_text()) if path.exists() else {}
+  section = found.get(pathlib.Path(entry.config).stem)
+  if section is None:
+    return None
+  return [one for one in section['verdicts'] if one['claim'].startswith(entry.claims)]
+
+
+def outcome(verdict: dict) -> str:
+  """'supported: +0.031 [0.012, 0.05]', an interval a task."""
+  seen = '; '.join(
+      f'{task} {_interval(one)}' if len(verdict['evidence']) > 1 else _interval(one)
+      for task, one in verdict['evidence'].items()
+  )
+  return f'{verdict["verdict"]}: {seen}'
+
+
+def _interval(one: dict) -> str:
+  number = lambda value: 'nan' if value is None else f'{value:.3g}'
+  return f'{number(one["mean"])} [{number(one["low"])}, {number(one["high"])}] over {len(one["by_seed"])} seeds'
+
+
+def describe(identifier: str, entry: Entry) -> str:
+  """What --list prints of a study."""
+  run = f'bash {entry.script}' if entry.script else f'python -m experiments.reproduce --run={identifier}'
+  lines = [f'{identifier:<9} {entry.title}', f'{"":<9} {entry.paper}', f'{"":<9} {entry.config}   {run}']
+  verdicts = recorded(entry)
+  said = [NOT_RUN] * len(entry.expected) if verdicts is None else [outcome(one) for one in verdicts]
+  for claim, seen in zip(entry.expected, said, strict=True):
+    lines += textwrap.wrap(f'{claim}  ->  {seen}', 118, initial_indent=f'{"":<9} - ', subsequent_indent=f'{"":<11} ')
+  return '\n'.join(lines)
+
+
+def run(identifier: str, workdir: str, *, smoke: bool, seeds_text: str, record: bool):
+  """Runs a study, or continues it, and prints its verdicts.
+
+  Raises:
+    ConfigError: no such study, or one to record that is not whole.
+  """
+  from srm_jax import schema
+
+  entry = schema.choose('study', identifier, ENTRIES)
+  if entry.script:
+    arguments = [f'--workdir={workdir}', f'--seeds={seeds_text}', *(['--smoke'] if smoke else [])]
+    subprocess.run(['bash', str(ROOT / entry.script), *arguments], check=True)
+    return
+  from experiments.distillation_studies import running
+
+  if record and smoke:
+    raise schema.ConfigError('a smoke run says nothing; fix: --record without --smoke')
+  study = importlib.import_module(f'{running.__package__}.{entry.module}').STUDY
+  say = lambda seed, stage: print(f'{identifier}, seed {seed}: {stage.name}, {stage.seconds:.0f} s', flush=True)
+  results = running.run(study, workdir, size='smoke' if smoke else 'full', seeds=seeds(seeds_text), report=say)
+  print(running.markdown(results))
+  if record:
+    running.record(results, identifier, workdir, (ROOT / entry.results).parent)
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments {argv[1:]}')
+  if _LIST.value:
+    print('\n\n'.join(describe(*item) for item in ENTRIES.items()))
+    return
+  if not _RUN.value or not _WORKDIR.value:
+    sys.exit('error: give --list, or --run=ID with --workdir=DIR')
+  command.show_progress_of_library()
+  runtime.prepare()
+  command.guarded(lambda: run(
+      _RUN.value, _WORKDIR.value, smoke=_SMOKE.value, record=_RECORD.value,
+      seeds_text=_SEEDS.value or ('1' if _SMOKE.value else '5'),
+  ))
+
+
+if __name__ == '__main__':
+  _LIST = flags.DEFINE_bool('list', False, 'Prints all studies, what they expect and what came out.')
+  _RUN = flags.DEFINE_string('run', None, 'Which study to run: an ID of --list.')
+  _WORKDIR = flags.DEFINE_string('workdir', None, 'Where stages and results go; the same command continues.')
+  _SMOKE = flags.DEFINE_bool('smoke', False, 'The smallest form: it shows that everything runs, and nothing else.')
+  _SEEDS = flags.DEFINE_string('seeds', '', 'How many seeds from 1 on, or the seeds themselves: 7,8,9; 5 by default.')
+  _RECORD = flags.DEFINE_bool('record', False, f'Puts results and figure below {STUDIES}, and the tables in its README.')
+  app.run(main)
