@@ -9,6 +9,7 @@ import sys
 import time
 
 from absl import app, flags
+from absl import logging as absl_logging
 
 from experiments import command, runtime
 from experiments.study import cells
@@ -53,12 +54,13 @@ def main(argv):
   if FLAGS.hasty:
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0'.strip()
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')  # a hundred arms share their small programs
+  absl_logging.set_verbosity(absl_logging.ERROR)  # of every logger: a line a stage is enough
   runtime.prepare()
   command.guarded(lambda: run(FLAGS.config, FLAGS.seeds, FLAGS.workdir))
 
 
 if __name__ == '__main__':
-  flags.DEFINE_multi_string('config', [], 'FILE.py[:arg] with get_config(arg); several run after each other.')
+  flags.DEFINE_multi_string('config', None, 'FILE.py[:arg] with get_config(arg); several run after each other.')
   flags.DEFINE_string('seeds', '1', 'How many seeds from 1 on, or the seeds themselves: 7,8,9.')
   flags.DEFINE_string('workdir', None, 'Where stages and cells go; the same command continues.')
   flags.DEFINE_integer('core', -1, 'The core to stay on; -1 uses all.')

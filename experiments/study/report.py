@@ -81,7 +81,7 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  flags.DEFINE_multi_string('config', [], 'FILE.py[:arg] with get_config(arg), as they were run.')
+  flags.DEFINE_multi_string('config', None, 'FILE.py[:arg] with get_config(arg), as they were run.')
   flags.DEFINE_string('seeds', '1', 'How many seeds from 1 on, or the seeds themselves: 7,8,9.')
   flags.DEFINE_string('workdir', None, 'Where the cells are.')
   flags.DEFINE_string('out', None, 'Where results.json, the figures and README.md go.')
