@@ -1,11 +1,12 @@
 """Whether a training run fits a TPU topology, and what bounds its step, without a TPU: compiles the real step with
 libtpu.
 
-python -m experiments.plan --config=configs/sft/qwen2p5_0p5b.py --topology=v5e:4x4 [--dense] \\
+python -m experiments.plan --config=configs/sft/qwen2p5_0p5b.py --topology=v5e:4x4 [--dense] [--largest] \\
     [--config.mesh='(1,16,1)' ...]
 
---dense also compiles the lm head that forms all logits at once. Needs pip install -e '.[tpu]'; a plain CPU machine is
-enough.
+--dense also compiles the lm head that forms all logits at once. --largest looks for the most rows that fit, at the
+config's length, mesh and microbatches; every try is a compilation. Needs pip install -e '.[tpu]'; a plain CPU machine
+is enough.
 """
 
 import os
@@ -50,13 +51,41 @@ def show(name: str, found, console):
   console.print(table)
 
 
-def run(config, topology: str, dense: bool):
+def largest(config, devices, console):
+  """The plan of the largest batch that fits; prints every try.
+
+  Raises:
+    ConfigError: not even the smallest batch fits.
+  """
+  from srm_jax import plan, schema
+
+  tried = {}
+
+  def fits(rows):
+    tried[rows] = plan.plan(plan.with_rows(config, rows), devices)
+    memory = tried[rows].memory
+    console.print(f'{rows} rows: {memory.total / GIB:.2f} GiB, {"fits" if memory.fits else "does not fit"}')
+    return memory.fits
+
+  start, unit = plan.rows_of(config, devices)
+  rows = plan.most_rows(fits, start=start, unit=unit)
+  if not rows:
+    raise schema.ConfigError(
+        f'{unit} rows do not fit, and the mesh and config.microbatches={config.microbatches} leave no fewer to try: '
+        'change them, or take a larger topology'
+    )
+  console.print(f'{rows} rows are the most that fit, in steps of {unit}')
+  return tried[rows]
+
+
+def run(config, topology: str, dense: bool, grow: bool):
   from srm_jax import plan
 
   devices, console = plan.topology_devices(topology), rich.console.Console()
   heads = {'chunked head': None, 'dense head': 0} if dense else {'as configured': 'config'}
   for name, chunk in heads.items():
-    show(name, plan.plan(config if chunk == 'config' else plan.with_head(config, chunk), devices), console)
+    chosen = config if chunk == 'config' else plan.with_head(config, chunk)
+    show(name, largest(chosen, devices, console) if grow else plan.plan(chosen, devices), console)
 
 
 def launch():
@@ -65,13 +94,14 @@ def launch():
   )
   topology = flags.DEFINE_string('topology', None, 'Of the TPU slice, such as v5e:4x4, v5p:2x2x2 or v6e:4x4.')
   dense = flags.DEFINE_bool('dense', False, 'Compare the chunked lm head with the dense one.')
+  grow = flags.DEFINE_bool('largest', False, 'Find the most rows that fit.')
   flags.mark_flags_as_required(['config', 'topology'])
 
   def main(argv):
     if len(argv) > 1:
       raise app.UsageError(f'unexpected arguments {argv[1:]}')
     command.show_progress_of_library()
-    command.guarded(lambda: run(config.value, topology.value, dense.value))
+    command.guarded(lambda: run(config.value, topology.value, dense.value, grow.value))
 
   app.run(main)
 

@@ -104,6 +104,52 @@ def test_the_head_is_changed_wherever_the_recipe_keeps_it():
   assert config.recipe.loss.head_chunk is None
 
 
+@pytest.mark.parametrize('start', [16, 64, 100, 4096])
+@pytest.mark.parametrize('limit', [0, 15, 16, 47, 64, 384, 1000])
+def test_the_most_rows_are_found_by_halving(start, limit):
+  tried = []
+
+  def fits(rows):
+    tried.append(rows)
+    return rows <= limit
+
+  assert plan.most_rows(fits, start=start, unit=16) == limit // 16 * 16
+  assert len(tried) == len(set(tried)) <= 2 + 2 * math.log2(max(start, limit, 16) / 16)
+  assert all(rows % 16 == 0 and rows > 0 for rows in tried)
+
+
+def test_a_search_starts_with_the_rows_of_the_config_and_keeps_its_chips_busy():
+  devices = jax.devices()[:4]
+  config = tiny.sft(mesh=(1, 4, 1), microbatches=3)
+  assert plan.rows_of(config, devices) == (4, 12)
+  assert plan.rows_of(tiny.sft(mesh=(1, 2, 2)), devices) == (4, 2)
+  assert plan.with_rows(config, 24).recipe.batch.size == 24 and config.recipe.batch.size == 4
+  rollouts = tiny.train(base.grpo(tiny.data(), tiny.rollouts(prompts=2, samples=6), kl=0.0), mesh=(2, 2, 1))
+  assert plan.rows_of(rollouts, devices) == (12, 12)  # whole groups of 6 on 4 devices
+  assert plan.with_rows(rollouts, 36).recipe.rollouts.prompts == 6
+  with pytest.raises(schema.ConfigError, match='microbatches'):
+    plan.rows_of({key: value for key, value in config.to_dict().items() if key != 'microbatches'}, devices)
+
+
+def test_the_largest_batch_is_printed_with_every_try(cpu_chip, monkeypatch):
+  monkeypatch.setattr(plan, 'topology_devices', lambda name: jax.devices()[:2])
+  monkeypatch.setattr(plan, '_compile', _traced_only)
+  console = main.rich.console.Console(record=True, width=120)
+  monkeypatch.setattr(main.rich.console, 'Console', lambda: console)  # the terminal of `run`
+  config = tiny.sft(mesh=(1, 2, 1), model=dict(vocab_size=64))
+  sizes = {n: plan.plan(plan.with_rows(config, n), jax.devices()[:2]).memory.total for n in (2, 4, 10, 12)}
+  assert sizes[12] - sizes[10] == sizes[4] - sizes[2] == 2 * 5 * 4 * 32  # five fields of two rows
+  monkeypatch.setitem(plan.CHIPS, jax.devices()[0].device_kind, cpu_chip._replace(hbm=sizes[10]))
+  main.run(config, 'any', dense=False, grow=True)
+  text = console.export_text()
+  assert [line.split()[0] for line in text.splitlines() if ' rows: ' in line] == ['4', '8', '16', '12', '10']
+  assert '10 rows are the most that fit, in steps of 2' in text and text.count('does not fit') == 2
+  assert '320 tokens' in text
+  monkeypatch.setitem(plan.CHIPS, jax.devices()[0].device_kind, cpu_chip._replace(hbm=sizes[2] - 1))
+  with pytest.raises(schema.ConfigError, match='2 rows do not fit'):
+    main.run(config, 'any', dense=False, grow=True)
+
+
 def test_a_program_that_does_not_fit_is_read_from_the_message():
   message = (
       'RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. '
