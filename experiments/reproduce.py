@@ -70,19 +70,21 @@ ENTRIES: dict[str, Entry] = {
         'configs/studies/on_policy_or_rl.py', f'{STUDIES}/S2/results.json', module='on_policy_or_rl',
     ),
     'S2b': Entry(
-        'On-policy distillation learns from one prompt, RL does not', 'thinkingmachines.ai/blog/on-policy-distillation',
-        ('held-out accuracy, distillation - GRPO > 0, 1 prompt', 'held-out accuracy, distillation - GRPO > 0, 8 prompts'),
+        'On-policy distillation learns from one prompt, RL does not',
+        'thinkingmachines.ai/blog/on-policy-distillation',
+        ('held-out accuracy, distillation - GRPO > 0, 1 prompt', 'the same, 8 prompts'),
         'configs/studies/one_prompt.py', f'{STUDIES}/S2b/results.json', module='one_prompt',
     ),
     'S3': Entry(
         'What hidden states add to labels and to logits', 'arXiv:1412.6550, arXiv:1908.09355, arXiv:2012.15828',
-        ('accuracy, cross-entropy + forward KL - cross-entropy > 0', 'CKA to the teacher, + hidden states - without >= 0.1'),
+        ('accuracy, cross-entropy + forward KL - cross-entropy > 0',
+         'CKA to the teacher, + hidden states - without >= 0.1'),
         'configs/studies/logits_or_hidden.py', f'{ABLATION}/results.json', script=f'{ABLATION}/run.sh', claims='S3:',
     ),
     'S7': Entry(
         'Small students learn from short chains, larger ones from long', 'arXiv:2502.12143, arXiv:2506.07712',
-        ('smallest student, short - long > 0, equal epochs', 'rank correlation of (long - short) with size > .8, epochs',
-         'smallest student, short - long > 0, equal tokens', 'rank correlation of (long - short) with size > .8, tokens',
+        ('at equal epochs, smallest student, short - long > 0', 'rank correlation of (long - short) with size > .8',
+         'at equal tokens, smallest student, short - long > 0', 'rank correlation of (long - short) with size > .8',
          'a fifth of long chains - the better pure set > -1 point, equal tokens'),
         'configs/studies/chain_length.py', f'{STUDIES}/S7/results.json', module='chain_length',
     ),
@@ -171,5 +173,5 @@ if __name__ == '__main__':
   _WORKDIR = flags.DEFINE_string('workdir', None, 'Where stages and results go; the same command continues.')
   _SMOKE = flags.DEFINE_bool('smoke', False, 'The smallest form: it shows that everything runs, and nothing else.')
   _SEEDS = flags.DEFINE_string('seeds', '', 'How many seeds from 1 on, or the seeds themselves: 7,8,9; 5 by default.')
-  _RECORD = flags.DEFINE_bool('record', False, f'Puts results and figure below {STUDIES}, and the tables in its README.')
+  _RECORD = flags.DEFINE_bool('record', False, f'Puts results, figure and tables below {STUDIES}.')
   app.run(main)

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 from configs import quickstart, quickstart_sizes
+from configs.studies import published_ablation
 from srm_jax import checkpoints, metrics, schema, stages
 from srm_jax.data import records
 from srm_jax.models import transformer, weights
 from srm_jax.models.config import TransformerConfig
-from srm_jax.train import resolve
+from srm_jax.train import resolve, train
 from tests.data import chats
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -41,7 +42,8 @@ def open_config(config):
 @pytest.mark.parametrize('smoke', [False, True])
 def test_every_config_opens(name, smoke):
   module = importlib.import_module(name)
-  argument = ('size=smoke' if name == 'configs.quickstart' else 'smoke') if smoke else ''
+  sized = name.startswith(('configs.quickstart', 'configs.studies.'))
+  argument = ('size=smoke' if sized else 'smoke') if smoke else ''
   open_config(module.get_config(argument))
   assert 'Run:' in module.__doc__
 
@@ -119,6 +121,25 @@ def test_the_quickstart_starts_from_published_models(published, tmp_path):
   assert 'given here' in (tmp_path / 'line' / 'report.html').read_text()
   again = subprocess.run([*command, '--seed=6'], cwd=ROOT, capture_output=True, text=True)
   assert again.returncode != 0 and 'holds a run with seed=5' in again.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('arm', ['sft', 'minilm_off', 'logit_hidden_on'])
+def test_arms_of_the_published_study_take_their_steps(published, arm, tmp_path):
+  """Two steps with a real tokenizer and chat template, in float32; the arms differ in their losses alone."""
+  config = published_ablation.get_config(
+      f'smoke,arm={arm},teacher={published["teacher"]},student={published["student"]}'
+  )
+  config.progress, config.log_every = False, 1
+  run = train(config, tmp_path)
+  assert [row['step'] for row in run.metrics] == [1, 2] and all(row['finite'] == 1.0 for row in run.metrics)
+
+
+def test_every_arm_of_the_published_study_opens():
+  for arm in published_ablation.ARMS:
+    open_config(published_ablation.get_config(f'arm={arm}'))
+  with pytest.raises(ValueError, match="arm 'kl' unknown"):
+    published_ablation.get_config('arm=kl')
 
 
 def line_target(workdir, line, name):

@@ -9,7 +9,7 @@ single step over the vocabulary). Of 1000 samples at temperature 1: share of eac
 in bits, and the share of texts that are neither chain throughout (invalid), and that have digits of both (mixed).
 Claims: 1. reverse_on has a lower share of invalid texts than forward_on; 2. reverse_on has a lower entropy of ways than
 forward_on; 3. and 4. the same of minillm_on against forward_off, each divergence on its own samples.
-Rule, stated before the run, over 5 paired seeds:
+Rule, stated before the run, over 5 paired seeds (3 where time forces it):
   supported     the 95 % t interval of the difference over seeds is below 0,
   contradicted  that interval is above 0,
   inconclusive  else; the seeds that would decide are printed.

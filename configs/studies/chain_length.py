@@ -5,9 +5,9 @@ Short chains are partial sums; long ones undo and repeat every step, and one ste
 (srm_jax/tasks/chains.py): some four times as long. 1000 problems, the same for all; students of three sizes start from
 scratch. Arms of a size: `long`; `short`, as many epochs as long; `short_more`, as many tokens as long; `mix_20` and
 `mix_50`, that share of the examples long, as many tokens as long. Greedy accuracy on 1000 test problems.
-Claims, the gap being long minus short: at equal epochs 1. it is below 0 for the smallest student, 2. its rank correlation
-with size is above .8; at equal tokens 3. and 4. the same; 5. mix_20, averaged over sizes, is no more than a point below
-the better of long and short_more. Rule, stated before the run, over 3 paired seeds (time forces it):
+Claims, the gap being long minus short: at equal epochs 1. it is below 0 for the smallest student, 2. its rank
+correlation with size is above .8; at equal tokens 3. and 4. the same; 5. mix_20, averaged over sizes, is no more than a
+point below the better of long and short_more. Rule, stated before the run, over 3 paired seeds (time forces it):
   supported     the 95 % t interval over seeds is above 0 (1, 3: of short minus long, and p < .05 pooled over problems),
                 above .8 (2, 4), above -1 point (5),
   contradicted  that interval is below it (1, 3: and p < .05),
@@ -37,12 +37,14 @@ def get_config(arg: str = ''):
   chains = {name: base.data(task, count=s.problems, seed=seed + 1) for name, task in (
       ('short', 'sums'), ('long', 'sums_checked'),
   )}
-  mix = lambda share: base.mix(s.problems, seed=seed + 2, short=(1 - share, chains['short']), long=(share, chains['long']))
+  mix = lambda share: base.mix(
+      s.problems, seed=seed + 2, short=(1 - share, chains['short']), long=(share, chains['long'])
+  )
   arms = dict(
       long=(chains['long'], s.steps), short=(chains['short'], s.short_steps), short_more=(chains['short'], s.steps),
       mix_20=(mix(0.2), s.steps), mix_50=(mix(0.5), s.steps),
   )
-  test = base.data('sums', 'test', count=s.test, seed=seed + one_start.TEST)
+  test = base.data('sums', 'test', count=s.test, seed=one_start.TEST)
   for size, shape in SIZES.items():
     for arm, (data, steps) in arms.items():
       name = f'{size}_{arm}'

@@ -4,7 +4,7 @@ Run: python -m experiments.reproduce --run=S2b --workdir=runs/S2b      (two CPU 
 Arms: 1 or 8 prompts with 256 samples a step in all, 20 steps, temperature 1; `opd`, the reverse KL to the teacher over
 the whole vocabulary, or `grpo`, the task's reward in groups of 256 or 32. Start, optimizer and prompts are the same.
 Claims, on greedy accuracy over 1000 test problems: 1. with 1 prompt opd is above GRPO; 2. with 8 prompts opd is above
-GRPO. Rule, stated before the run, over 5 paired seeds:
+GRPO. Rule, stated before the run, over 5 paired seeds (3 where time forces it):
   supported     the 95 % t interval of the difference over seeds is above 0, and p < .05 pooled over problems,
   contradicted  that interval is below 0, and p < .05,
   inconclusive  else; the seeds (or problems) that would decide are printed.

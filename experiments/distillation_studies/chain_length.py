@@ -75,7 +75,7 @@ def draw(found, figure):
   gap.set(ylabel='long minus short', title='Gap')
   for axis in (accuracy, gap):
     axis.set_xticks(list(places), list(SIZES))
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(fontsize=8)
 
 
 STUDY = Study('configs/studies/chain_length.py', read, judge, table, draw)

@@ -52,7 +52,7 @@ def ratio(slow: Mapping[str, float], fast: Mapping[str, float], accuracy: float)
 
 
 def judge_ratio(claim: str, pairs: Sequence[tuple[float, bool]], least: float) -> verdicts.Verdict:
-  """The verdict on 'the ratio is at least so high', by the rule of the config; judged as logarithms, shown as ratios."""
+  """The verdict on 'the ratio is at least so high', by the rule of the config: by logarithms, shown as ratios."""
   logs = np.log([value for value, _ in pairs])
   evidence = verdicts.of_values(logs)
   bounds = {key: math.exp(getattr(evidence, key)) for key in ('mean', 'low', 'high')}
@@ -81,7 +81,8 @@ def judge(found):
 
 def table(found):
   """An arm a row: updates and thousands of sampled tokens to each accuracy, by seed; the accuracy at the end."""
-  header = ['arm', *(f'updates to {target:.0%}' for target in TARGETS), f'kilotokens to {JUDGED:.0%}', 'test at the end']
+  updates = [f'updates to {target:.0%}' for target in TARGETS]
+  header = ['arm', *updates, f'kilotokens to {JUDGED:.0%}', 'test at the end']
   rows = []
   for arm in ARMS:
     models = [cell['models'][arm] for cell in found]
@@ -116,7 +117,7 @@ def draw(found, figure):
   by_tokens.set(xlabel='thousand sampled tokens')
   for axis in (by_steps, by_tokens):
     axis.axhline(JUDGED, color='#888888', linewidth=0.6, linestyle=':')
-  by_steps.legend(frameon=False)
+  by_steps.legend()
 
 
 STUDY = Study('configs/studies/on_policy_or_rl.py', read, judge, table, draw)

@@ -15,13 +15,12 @@ def read(done, config):
 
 def judge(found):
   """Distillation against GRPO, for each number of prompts."""
-  return [
-      verdicts.judge(
-          f'with {prompts} prompt{"s" if prompts > 1 else ""} on-policy distillation is above GRPO on held-out problems',
-          {'running_sums': verdicts.of_grades(*(cells.correct(found, [f'{arm}_{prompts}']) for arm in ('opd', 'grpo')))},
-      )
-      for prompts in PROMPTS
-  ]
+  said = []
+  for prompts in PROMPTS:
+    evidence = verdicts.of_grades(*(cells.correct(found, [f'{arm}_{prompts}']) for arm in ('opd', 'grpo')))
+    claim = f'distillation is above GRPO on held-out problems, prompts: {prompts}'
+    said.append(verdicts.judge(claim, {'running_sums': evidence}))
+  return said
 
 
 def _models():

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from matplotlib.figure import Figure
 
-from experiments.study import cells, tables, verdicts
+from experiments.study import cells, figures, tables, verdicts
 from experiments.study.summary import record as plain
 from experiments.sweep import load_config
 from srm_jax import checkpoints, metrics, stages
@@ -55,9 +55,7 @@ def run(study: Study, workdir, *, size: str, seeds: Sequence[int], report: Calla
     jax.clear_caches()  # programs of a cell would pile up; those that the next one needs are on the disk
     results = summary(study, size, found)  # seed by seed, so that a stopped study has said what it knows
     checkpoints.write_whole(workdir / 'results.json', json.dumps(results))
-  figure = Figure(figsize=(9, 3.6), layout='constrained', dpi=110)
-  study.draw(found, figure)
-  figure.savefig(workdir / 'figure.png')
+  figures.save(lambda figure: study.draw(found, figure), workdir / 'figure.png', width=9, height=3.6)
   return results
 
 

@@ -95,9 +95,8 @@ def _cells(study):
       one['curve'] = {'0': 0.2, str(steps): 0.72 + noise, str(2 * steps): 0.9}
       one['sampled'] = {'0': 0.0, str(2 * steps): 3000.0 * steps}
       low = name in ('reverse_on', 'minillm_on')
-      one |= dict(
-          forward=0.5, backward=0.5, entropy=0.4 + noise if low else 0.9, invalid=0.1 + noise if low else 0.5, mixed=0.1,
-      )
+      one |= dict(forward=0.5, backward=0.5, mixed=0.1)
+      one |= dict(entropy=0.4 + noise, invalid=0.1 + noise) if low else dict(entropy=0.9, invalid=0.5)
     found.append({'task': 'running_sums', 'seed': seed, 'models': models})
   return found
 
