@@ -22,7 +22,7 @@ _FULL = dict(
     student=dict(embed_dim=32, num_layers=2, num_heads=2, mlp_dim=96),
     optimizer=dict(teacher=_START, base=_START | dict(learning_rate=6e-3, matrix_learning_rate=0.04), arm=_ARM),
     teacher_problems=8000, gold=400, prompts=1500, fixed=400, temperature=0.7, sampled=32, row=164,
-    test=1000, dev=200, text_rows=24, steps=dict(teacher=240, base=300, arm=60),
+    test=1000, dev=200, text_rows=24, steps=dict(teacher=400, base=300, arm=90),
 )
 _SMOKE = _FULL | dict(
     teacher=dict(embed_dim=32, num_layers=2, num_heads=2, mlp_dim=96),
