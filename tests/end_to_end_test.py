@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from configs import quickstart, quickstart_sizes
-from configs.studies import published_ablation
+from configs.distill import published_ablation
 from srm_jax import checkpoints, metrics, schema, stages
 from srm_jax.data import records
 from srm_jax.models import transformer, weights
