@@ -24,8 +24,7 @@ def _accuracies(found, arm):
 
 def rank_correlations(gaps: np.ndarray) -> list[float]:
   """Spearman's rho of the gap with size, of each seed; gaps: [S, sizes]. 0 where all gaps are the same."""
-  rho = [float(stats.spearmanr(range(len(row)), row).statistic) if np.ptp(row) else 0.0 for row in gaps]
-  return rho
+  return [float(stats.spearmanr(range(len(row)), row).statistic) if np.ptp(row) else 0.0 for row in gaps]
 
 
 def judge(found):

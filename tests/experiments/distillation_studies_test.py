@@ -3,10 +3,12 @@
 import json
 import math
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from experiments.distillation_studies import capacity_gap, on_policy_or_rl, one_prompt, running
+from configs.studies.chain_length import SIZES
+from experiments.distillation_studies import capacity_gap, chain_length, on_policy_or_rl, one_prompt, running
 from experiments.study import cells
 from srm_jax.types import Problem
 
@@ -80,11 +82,23 @@ def _grades(accuracy, n=200):
   return {'accuracy': accuracy, 'n': n, 'correct': cells.pack(correct), 'tokens_per_answer': 20.0}
 
 
+def _sized(noise, sign=1):
+  """Students that gain from long chains with their size; sign -1: that lose."""
+  lead = {size: sign * (-0.15 + 0.15 * place) for place, size in enumerate(SIZES)}
+  best = 0.03 if sign > 0 else -0.3
+  arms = {'short': lambda x: 0.5, 'short_more': lambda x: 0.5, 'long': lambda x: 0.5 + x, 'mix_50': lambda x: 0.5}
+  arms['mix_20'] = lambda x: 0.5 + max(x, 0) + best
+  return {f'{size}_{arm}': _grades(accuracy(x) + noise) for size, x in lead.items() for arm, accuracy in arms.items()}
+
+
 def _cells(study):
   """Five seeds in which every claim holds."""
   found = []
   for seed in range(1, 6):
     noise = 0.005 * seed
+    if study == 'chain_length':
+      found.append({'task': 'sums', 'seed': seed, 'models': _sized(noise)})
+      continue
     names = {
         'on_policy_or_rl': on_policy_or_rl.ARMS, 'capacity_gap': capacity_gap.ARMS,
         'one_prompt': ('opd_1', 'grpo_1', 'opd_8', 'grpo_8'),
@@ -101,7 +115,7 @@ def _cells(study):
   return found
 
 
-@pytest.mark.parametrize('study', [on_policy_or_rl, one_prompt, capacity_gap])
+@pytest.mark.parametrize('study', [on_policy_or_rl, one_prompt, capacity_gap, chain_length])
 def test_where_all_claims_hold_they_are_supported_and_shown(study):
   name = study.__name__.rpartition('.')[2]
   results = json.loads(json.dumps(running.summary(study.STUDY, 'full', _cells(name))))
@@ -127,6 +141,18 @@ def test_where_arms_change_places_claims_are_contradicted(study):
       for cell in _cells(name)
   ]
   assert {verdict.verdict for verdict in study.STUDY.judge(swapped)} == {'contradicted'}
+
+
+def test_where_large_students_lose_by_long_chains_s7_is_contradicted():
+  found = [{'task': 'sums', 'seed': seed, 'models': _sized(0.005 * seed, sign=-1)} for seed in range(1, 6)]
+  assert {verdict.verdict for verdict in chain_length.judge(found)} == {'contradicted'}
+
+
+@pytest.mark.parametrize('gaps, rho', [
+    ([0.1, 0.2, 0.3], 1), ([0.3, 0.2, 0.1], -1), ([0.1, 0.3, 0.2], 0.5), ([0, 0, 0], 0),
+])
+def test_rank_correlation_with_size(gaps, rho):
+  assert chain_length.rank_correlations(np.array([gaps])) == pytest.approx([rho])
 
 
 def test_a_record_is_results_figure_and_tables(tmp_path):
