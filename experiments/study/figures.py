@@ -17,13 +17,14 @@ _STYLE = {
 }
 # The two ways of learning one loss share its colour: filled marks and full lines are on-policy.
 ON = '_on'
-_COLORS = matplotlib.colormaps['tab10'].colors
+_GREY = '#555555'
+_COLORS = [one for place, one in enumerate(matplotlib.colormaps['tab10'].colors) if place != 7]  # 7 is grey
 
 
 def color(name: str, arms: Sequence[str]):
   """Of an arm; grey for the first, to which the others are compared."""
   families = list(dict.fromkeys(family(arm) for arm in arms[1:]))
-  return '#555555' if name not in arms[1:] else _COLORS[families.index(family(name)) % len(_COLORS)]
+  return _GREY if name not in arms[1:] else _COLORS[families.index(family(name)) % len(_COLORS)]
 
 
 def family(arm: str) -> str:
@@ -40,20 +41,25 @@ def save(draw: Callable[[Figure], None], path, *, width: float, height: float):
     figure.savefig(path, metadata={'Software': None})
 
 
-def grid(summaries: Sequence[Summary], path):
-  """Accuracy of every arm with its interval over seeds, a row of panels a task, a panel a study."""
-  tasks = list(summaries[0]['tasks'])
+def grid(summaries: Mapping[str, Summary], path):
+  """Accuracy of every arm with its interval over seeds, dots for seeds; a column of panels a study, a row a task."""
+  widths = [len(one['arms']) + 1 for one in summaries.values()]
+  draw = lambda figure: _panels(figure, summaries, _accuracies, width_ratios=widths)
+  save(draw, path, width=1.6 + 0.36 * sum(widths), height=3.1 * _rows(summaries) + 0.8)
 
-  def draw(figure):
-    axes = figure.subplots(
-        len(tasks), len(summaries), squeeze=False, width_ratios=[len(one['arms']) for one in summaries],
-    )
-    for row, task in zip(axes, tasks):
-      for ax, summary in zip(row, summaries):
-        _accuracies(ax, summary, task)
-      row[0].set_ylabel('accuracy')
 
-  save(draw, path, width=1.6 + 0.36 * sum(len(one['arms']) + 1 for one in summaries), height=3.1 * len(tasks) + 0.8)
+def _rows(summaries: Mapping[str, Summary]) -> int:
+  return max(len(one['tasks']) for one in summaries.values())
+
+
+def _panels(figure, summaries: Mapping[str, Summary], panel: Callable, **options) -> np.ndarray:
+  """panel(ax, summary, task) a study (columns) and task (rows), with a title each; the axes."""
+  axes = figure.subplots(_rows(summaries), len(summaries), squeeze=False, **options)
+  for column, (name, summary) in zip(axes.T, summaries.items()):
+    for ax, task in zip(column, summary['tasks']):
+      panel(ax, summary, task)
+      ax.set_title(f'{name}: {task}')
+  return axes
 
 
 def _accuracies(ax, summary: Summary, task: str):
@@ -69,9 +75,9 @@ def _accuracies(ax, summary: Summary, task: str):
   for name, style in (('teacher', '--'), ('base', ':')):
     ax.axhline(models[name]['accuracy']['mean'], color='#999999', linestyle=style, linewidth=1, label=name)
   ax.set_xticks(range(len(arms)), arms, rotation=60, ha='right', rotation_mode='anchor')
-  ax.set_title(f'{task}')
-  ax.legend(fontsize=8, loc='lower left')
-  _percent(ax)
+  ax.legend(fontsize=8, loc='upper right', bbox_to_anchor=(1, 0.85))
+  ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+  ax.set_ylim(-0.02, 1.02)
 
 
 def _arms(one: Mapping[str, Any]) -> np.ndarray:
@@ -81,26 +87,15 @@ def _arms(one: Mapping[str, Any]) -> np.ndarray:
   return np.array([[one['mean'] - one['low']], [one['high'] - one['mean']]])
 
 
-def _percent(ax):
-  ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-  ax.set_ylim(0, 1.02)
-
-
-def steps(summaries: Sequence[Summary], path):
+def steps(summaries: Mapping[str, Summary], path):
   """Mean dev accuracy over steps, from the start that all arms share."""
-  tasks = list(summaries[0]['tasks'])
 
   def draw(figure):
-    axes = figure.subplots(len(tasks), len(summaries), squeeze=False)
-    for row, task in zip(axes, tasks):
-      for ax, summary in zip(row, summaries):
-        _curves(ax, summary, task)
-    for ax in axes[-1]:
-      ax.set_xlabel('step')
-    for ax, summary in zip(axes[0], summaries):
-      ax.legend(fontsize=7, ncols=2)
+    for column in _panels(figure, summaries, _curves).T:
+      column[-1].set_xlabel('step')
+      column[-1].legend(fontsize=7.5, ncols=3, loc='upper center', bbox_to_anchor=(0.5, -0.2))
 
-  save(draw, path, width=5.6 * len(summaries), height=3.4 * len(tasks))
+  save(draw, path, width=5.6 * len(summaries), height=3.2 * _rows(summaries) + 1.2)
 
 
 def _curves(ax, summary: Summary, task: str):
@@ -113,28 +108,24 @@ def _curves(ax, summary: Summary, task: str):
         [0, *map(int, curve)], [start, *curve.values()], color=color(arm, arms), linestyle='--' if off else '-',
         marker='o', markersize=3, linewidth=1.4, label=arm,
     )
-  ax.set_title(task)
-  _percent(ax)
+  ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+  ax.set_ylim(bottom=-0.01)
 
 
-def layers(summaries: Sequence[Summary], path):
+def layers(summaries: Mapping[str, Summary], path):
   """Linear CKA of every layer of every model to the teacher's layer at its relative depth."""
-  tasks = list(summaries[0]['tasks'])
+  widths = [len(one['arms']) + 1 for one in summaries.values()]
+  draw = lambda figure: _panels(figure, summaries, _likeness, width_ratios=widths)
+  save(draw, path, width=1.5 + 0.36 * sum(widths), height=2.3 * _rows(summaries) + 0.6)
 
-  def draw(figure):
-    axes = figure.subplots(len(tasks), len(summaries), squeeze=False)
-    for row, task in zip(axes, tasks):
-      for ax, summary in zip(row, summaries):
-        models = {name: one for name, one in summary['tasks'][task]['models'].items() if 'cka' in one}
-        values = np.array([[layer['mean'] for layer in one['cka']] for one in models.values()]).T
-        image = ax.imshow(values, vmin=0, vmax=1, aspect='auto', cmap='viridis')
-        for (layer, place), value in np.ndenumerate(values):
-          ax.text(place, layer, f'{value:.2f}', ha='center', va='center', fontsize=6.5, rotation=90,
-                  color='white' if value < 0.6 else 'black')
-        ax.set_xticks(range(len(models)), models, rotation=60, ha='right', rotation_mode='anchor', fontsize=8)
-        ax.set_yticks(range(len(values)), [f'layer {layer + 1}' for layer in range(len(values))])
-        ax.set_title(task)
-        ax.grid(visible=False)
-      figure.colorbar(image, ax=row[-1], label='linear CKA')
 
-  save(draw, path, width=1.5 + 0.36 * sum(len(one['arms']) + 2 for one in summaries), height=2.3 * len(tasks) + 0.6)
+def _likeness(ax, summary: Summary, task: str):
+  models = {name: one for name, one in summary['tasks'][task]['models'].items() if 'cka' in one}
+  values = np.array([[layer['mean'] for layer in one['cka']] for one in models.values()]).T
+  ax.imshow(values, vmin=0, vmax=1, aspect='auto', cmap='viridis')
+  for (layer, place), value in np.ndenumerate(values):
+    ink = 'white' if value < 0.6 else 'black'
+    ax.text(place, layer, f'{value:.2f}', ha='center', va='center', fontsize=7, rotation=90, color=ink)
+  ax.set_xticks(range(len(models)), models, rotation=60, ha='right', rotation_mode='anchor', fontsize=8)
+  ax.set_yticks(range(len(values)), [f'layer {layer + 1}' for layer in range(len(values))])
+  ax.grid(visible=False)

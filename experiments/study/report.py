@@ -65,9 +65,9 @@ def write(configs, seeds_text: str, workdir, out):
   out = pathlib.Path(out)
   out.mkdir(parents=True, exist_ok=True)
   checkpoints.write_whole(out / 'results.json', json.dumps(summaries) + '\n')
-  figures.grid(list(summaries.values()), out / 'grid.png')
-  figures.steps(list(summaries.values()), out / 'steps.png')
-  figures.layers(list(summaries.values()), out / 'cka.png')
+  figures.grid(summaries, out / 'grid.png')
+  figures.steps(summaries, out / 'steps.png')
+  figures.layers(summaries, out / 'cka.png')
   text, readme = tables(summaries, found), out / 'README.md'
   if readme.exists():
     checkpoints.write_whole(readme, put(readme.read_text(), 'results', text))

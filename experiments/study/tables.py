@@ -7,9 +7,9 @@ Summary = Mapping[str, Any]
 PERCENT = ('accuracy',)  # of what a claim may be about, what is shown in percentage points
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """Names to the left, numbers to the right."""
-  rule = ['---', *['---:'] * (len(header) - 1)]
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[str] = ()) -> str:
+  """Numbers to the right; the first column, and those whose header is among `words`, to the left."""
+  rule = ['---', *('---' if name in words else '---:' for name in header[1:])]
   return '\n'.join('| ' + ' | '.join(row) + ' |' for row in (header, rule, *rows)) + '\n'
 
 
@@ -21,7 +21,7 @@ def verdict_table(summary: Summary, claims: Sequence[Mapping[str, Any]]) -> str:
        needed(one)]
       for one, claim in zip(summary['verdicts'], claims, strict=True)
   ]
-  return markdown(['claim', *tasks, 'verdict', 'what would decide'], rows)
+  return markdown(['claim', *tasks, 'verdict', 'what would decide'], rows, ('verdict', 'what would decide'))
 
 
 def evidence(one: Mapping[str, Any], what: str) -> str:
@@ -70,9 +70,9 @@ def _arm(name: str, one: Mapping[str, Any]) -> list[str]:
 
 
 def seeds_line(summary: Summary) -> str:
-  """'sums: seeds 1, 2, 3, 412 s a cell; ...'"""
+  """'sums: seeds 1, 2, 3, a cell took 412 s; ...'"""
   said = [
-      f'{task}: seeds {", ".join(map(str, one["seeds"]))}, {one["seconds"]:.0f} s a cell'
+      f'{task}: seeds {", ".join(map(str, one["seeds"]))}, a cell took {one["seconds"]:.0f} s'
       for task, one in summary['tasks'].items()
   ]
   return '; '.join(said)

@@ -96,7 +96,8 @@ def test_tables_show_points_where_points_are_meant():
   assert tables.evidence({**made, 'p': None}, 'entropy') == '+0.031 [-0.010, 0.072]'
   assert tables.interval({**made, 'low': None}, scale=100) == '3.1'
   assert [tables.p_value(p) for p in (1.0, 0.5, 0.0009)] == ['p = 1.000', 'p = .500', 'p < .001']
-  assert tables.markdown(['a', 'b'], [['1', '2']]) == '| a | b |\n| --- | ---: |\n| 1 | 2 |\n'
+  assert tables.markdown(['a', 'b', 'c'], [['1', '2', '3']], ['c']) == (
+      '| a | b | c |\n| --- | ---: | --- |\n| 1 | 2 | 3 |\n')
 
 
 def test_marks_keep_the_text_around_them():
@@ -118,7 +119,7 @@ def test_a_report_writes_figures_numbers_and_the_readme_twice_alike(workdir):
   assert set(read) == {'README.md', 'results.json', 'grid.png', 'steps.png', 'cka.png'}
   assert all(content.startswith(b'\x89PNG') and len(content) > 5000 for name, content in read.items() if '.png' in name)
   assert text.strip() in read['README.md'].decode() and read['README.md'].decode().endswith('The end.\n')
-  assert '| b is above a |' in text and '`mine`: x: seeds 1, 2, 150 s a cell' in text and '### `mine`, y' in text
+  assert '| b is above a |' in text and '`mine`: x: seeds 1, 2, a cell took 150 s' in text and '### `mine`, y' in text
   report.write(_configs(workdir), '2', workdir, out)
   assert {path.name: path.read_bytes() for path in out.iterdir()} == read
 
