@@ -28,7 +28,7 @@ class Entry(NamedTuple):
 
   expected: a line a claim, in the order of the claims that begin with `claims` in the recorded verdicts. config: below
   the repository; its stem is the section of `results`. module: of experiments/distillation_studies, which runs it;
-  script: what runs it where that is ''.
+  script: what runs it where that is ''. published: a config with the same losses for published models on TPUs, or ''.
   """
 
   title: str
@@ -39,6 +39,7 @@ class Entry(NamedTuple):
   module: str = ''
   script: str = ''
   claims: str | tuple[str, ...] = ''
+  published: str = ''
 
 
 ENTRIES: dict[str, Entry] = {
@@ -47,14 +48,14 @@ ENTRIES: dict[str, Entry] = {
         ('mean of four logit losses - SFT on the same annotations > 0', 'the same, on-policy - off-policy > 0',
          'logit losses - hidden losses > 0, off-policy', 'forward KL + cosine - forward KL > 0, off-policy'),
         'configs/studies/distillation_ablation.py', f'{ABLATION}/results.json', script=f'{ABLATION}/run.sh',
-        claims=('Off-policy', 'Logits'),
+        claims=('Off-policy', 'Logits'), published='configs/distill/published_ablation.py',
     ),
     'S1': Entry(
         'Divergences on-policy against forward KL off-policy (GKD)', 'arXiv:2306.13649',
         ('mean of on-policy divergences - forward KL off-policy > 0, p < .05',
          'entropy after forward KL - after reverse KL > 0, both on-policy'),
         'configs/studies/distillation_ablation.py', f'{ABLATION}/results.json', script=f'{ABLATION}/run.sh',
-        claims='S1',
+        claims='S1', published='configs/distill/published_ablation.py',
     ),
     'S1b': Entry(
         'Reverse KL seeks a mode where the student is too small (MiniLLM)', 'arXiv:2306.08543',
@@ -119,6 +120,8 @@ def describe(identifier: str, entry: Entry) -> str:
   """What --list prints of a study."""
   run = f'bash {entry.script}' if entry.script else f'python -m experiments.reproduce --run={identifier}'
   lines = [f'{identifier:<9} {entry.title}', f'{"":<9} {entry.paper}', f'{"":<9} {entry.config}   {run}']
+  if entry.published:
+    lines.append(f'{"":<9} published models: {entry.published}')
   verdicts = recorded(entry)
   said = [NOT_RUN] * len(entry.expected) if verdicts is None else [outcome(one) for one in verdicts]
   for claim, seen in zip(entry.expected, said, strict=True):

@@ -32,6 +32,7 @@ def entry(tmp_path, monkeypatch):
 def test_every_entry_points_at_what_is_there(identifier):
   entry = reproduce.ENTRIES[identifier]
   assert (reproduce.ROOT / entry.config).exists() and bool(entry.script) != bool(entry.module)
+  assert not entry.published or (reproduce.ROOT / entry.published).exists()
   text = (reproduce.ROOT / entry.config).read_text()
   if entry.script:
     assert (reproduce.ROOT / entry.script).exists() and f'bash {entry.script}' in text
