@@ -132,6 +132,14 @@ def test_rows_of_both_kinds_take_turns():
       assert all(abs(order[:n].count('s') - share * n) <= 1 for n in range(len(order) + 1)), order
 
 
+def test_parts_of_a_mix_are_of_no_concern_beside_samples():
+  batch = tiny.random_batch(5, rows=4)
+  mixed = batch._replace(sources=np.ones_like(batch.inputs))
+  found, expected = (jax.tree.leaves(beside(tiny.random_rollouts(rows=4), one)) for one in (mixed, batch))
+  for ours, theirs in zip(found, expected, strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+
+
 def test_rows_stay_what_they_were_beside_others():
   """Whichever part is longer; what is added behind a row is padding."""
   for sampled_length, data_length in ((16, 12), (12, 16)):
