@@ -22,8 +22,10 @@ CLAIMS = (
 )
 
 
-def losses():
+def losses(student_layers: int, teacher_layers: int):
   """{arm: loss} beside cross-entropy alone."""
+  # The map 'skip' of two layers onto three is the map 'last'.
+  every_other = tuple((l, teacher_layers - 1 - 2 * (student_layers - 1 - l)) for l in range(student_layers))
   label, forward_kl = base.term('cross_entropy', 1.0), base.divergence('forward_kl')
   relations = dict(relation='minilm_v2', layers='final', options=dict(relation_heads=2))
   terms = dict(
@@ -32,7 +34,7 @@ def losses():
       ce_cosine=dict(hidden=base.hidden('cosine')),
       ce_minilm=dict(relations=base.term('relations', **relations)),
       ce_patient_last=dict(hidden=base.hidden('patient', layers='last')),
-      ce_patient_skip=dict(hidden=base.hidden('patient', layers='skip')),
+      ce_patient_skip=dict(hidden=base.hidden('patient', layers=every_other)),
       ce_logits_cosine=dict(logits=forward_kl, hidden=base.hidden('cosine')),
   )
   return {arm: base.loss(cross_entropy=label, **own) for arm, own in terms.items()}
@@ -43,8 +45,8 @@ def get_config(arg: str = ''):
 
   def arms(s, data, rows):
     gold = data(count=s.fixed, seed=a.seed * 1000 + 7)
-    distilled = {arm: base.distill('{teacher}', gold, rows, loss) for arm, loss in losses().items()}
-    return dict(ce=base.sft(gold, rows), **distilled)
+    made = losses(s.student.num_layers, s.teacher.num_layers)
+    return dict(ce=base.sft(gold, rows), **{arm: base.distill('{teacher}', gold, rows, made[arm]) for arm in made})
 
   a = base.parse_arg(arg, **teaching.DEFAULTS)
   return teaching.line(a, arms, CLAIMS)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Logits matching against intermediate matching, and S3, on two tasks with five seeds, a core a task:
 #   bash experiments/distillation_ablation/run.sh [--smoke] [--seeds=N] [--workdir=DIR] [--out=FOLDER]
-# Ctrl-C and the same command again continue where it stopped. Results go to --out, by default this folder; those of
-# --smoke stay in the workdir.
+# Ctrl-C and the same command again continue where it stopped. Results go to --out, by default this folder. --smoke runs
+# one study a task with a few steps, and its results stay in the workdir.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . experiments/environment.sh
@@ -27,8 +27,12 @@ export JAX_PLATFORMS=cpu
 core=0 processes=() everything=()
 trap 'kill "${processes[@]}" 2>/dev/null || true' EXIT
 for task in sums rewriting; do
-  these=()
-  for study in distillation_ablation logits_or_hidden; do
+  these=() studies='distillation_ablation logits_or_hidden'
+  [ "$size" = full ] || case $task in
+    sums) studies=distillation_ablation ;;
+    *) studies=logits_or_hidden ;;
+  esac
+  for study in $studies; do
     these+=("--config=configs/studies/$study.py:task=$task,size=$size")
   done
   everything+=("${these[@]}")

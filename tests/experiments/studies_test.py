@@ -50,6 +50,13 @@ def test_both_studies_share_teacher_start_and_tests_of_them():
   assert all(one['stages'][name] == other['stages'][name] for name in shared)
 
 
+def test_no_two_arms_of_s3_are_the_same():
+  config = resolve(_config('logits_or_hidden'))
+  losses = [config['stages'][arm]['config']['recipe'].get('loss') for arm in config['arms']]
+  assert len({json.dumps(one, sort_keys=True) for one in losses}) == len(losses)
+  assert losses[config['arms'].index('ce_patient_skip')]['terms']['hidden']['options']['layers'] == [[0, 0], [1, 2]]
+
+
 def test_seeds_share_test_problems_and_nothing_else():
   def drawn(seed):
     line = resolve(_config('distillation_ablation', seed=seed))['stages'].values()
