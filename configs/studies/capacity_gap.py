@@ -1,6 +1,6 @@
 """S1b: does reverse KL seek a mode where the student is too small for the teacher? A teacher of two ways.
 
-Run: python -m experiments.reproduce --run=S1b --workdir=runs/S1b      (two CPU cores; --smoke: two minutes)
+Run: python -m experiments.reproduce --run=S1b --workdir=runs/S1b      (a CPU core; status: not run)
 The teacher learns running sums worked forward or backward (srm_jax/tasks/running_sums.py), as a coin of each problem
 falls, which nobody can foresee: at the first token it has two ways to go on. The student has one layer of width 16.
 Arms: `forward_off`, forward KL on what the teacher wrote; `forward_on` and `reverse_on`, forward and reverse KL on what

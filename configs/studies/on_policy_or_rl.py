@@ -1,6 +1,6 @@
 """S2: how many updates on-policy distillation saves against GRPO, from one start, with the same rollouts a step.
 
-Run: python -m experiments.reproduce --run=S2 --workdir=runs/S2        (two CPU cores; --smoke: two minutes)
+Run: python -m experiments.reproduce --run=S2 --workdir=runs/S2        (a CPU core; status: not run)
 Arms, all on 16 prompts x 8 samples a step, temperature 1, one optimizer and rate: `opd`, the reverse KL to the teacher
 over the whole vocabulary; `opd_sampled`, its policy gradient on the sampled tokens alone (k1, discount 0); `grpo`, the
 task's reward in groups of 8; `opd_grpo`, the sum of the last two advantages. Accuracy is greedy, on 400 dev problems,
@@ -21,7 +21,7 @@ from configs.studies import one_start
 from configs.studies.one_start import Arm
 
 # Steps of a training, and between its checkpoints: distillation over the vocabulary is there long before the others.
-_STEPS = dict(full=dict(opd=(32, 4), other=(96, 12)), smoke=dict(opd=(2, 1), other=(2, 1)))
+_STEPS = dict(full=dict(opd=(96, 8), other=(288, 24)), smoke=dict(opd=(2, 1), other=(2, 1)))
 _GROUPS = dict(full=dict(prompts=16, samples=8), smoke=dict(prompts=2, samples=2))
 
 

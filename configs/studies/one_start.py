@@ -17,7 +17,7 @@ TEACHER = 3  # its seed
 
 MUON = dict(name='muon', learning_rate=3e-3, matrix_learning_rate=0.02)
 # One rule for all arms that are compared, whatever their loss; constant, so that arms may be of different lengths.
-ADAM = dict(name='adamw', learning_rate=5e-4, schedule='constant', warmup_steps=5, weight_decay=0.0)
+ADAM = dict(name='adamw', learning_rate=1e-3, schedule='constant', warmup_steps=5, weight_decay=0.0)
 
 FULL = dict(
     rows=24, length=112, row=26, new_tokens=14, decode_rows=512,
@@ -25,7 +25,7 @@ FULL = dict(
     student=dict(embed_dim=64, num_layers=2, num_heads=4, mlp_dim=192),
     optimizer=dict(teacher=MUON, base=MUON, arm=ADAM),
     teacher_problems=8000, gold=4000, fresh=20_000, test=1000, dev=400, temperature=1.0, log_every=4,
-    steps=dict(teacher=360, base=190),
+    steps=dict(teacher=360, base=240),
 )
 SMOKE = FULL | dict(
     rows=4, decode_rows=32, teacher_problems=200, gold=100, fresh=64, test=32, dev=16, log_every=1,
