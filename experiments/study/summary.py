@@ -39,8 +39,9 @@ def model(found: Sequence[cells.Cell], name: str, reference: str) -> dict[str, A
   {'mean', 'low', 'high', 'by_seed'}, a 95 % t interval over seeds; 'cka': {layer: the same}; 'curve': {step: mean
   accuracy}. 'gain' is over the reference, with the p of the pooled paired test over problems.
   """
-  accuracy = cells.values(found, [name], 'accuracy')
-  said = {'accuracy': spread(accuracy), 'retention': spread(accuracy / cells.values(found, ['teacher'], 'accuracy'))}
+  accuracy, teacher = (cells.values(found, [one], 'accuracy') for one in (name, 'teacher'))
+  retained = accuracy / np.where(teacher > 0, teacher, np.nan)  # of a teacher that knows nothing there is no share
+  said = {'accuracy': spread(accuracy), 'retention': spread(retained)}
   if name not in ('teacher', 'base', reference):
     said['gain'] = as_json(claims.compare(found, [name], [reference]))
   if name == 'teacher':
@@ -53,7 +54,7 @@ def model(found: Sequence[cells.Cell], name: str, reference: str) -> dict[str, A
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-  """{'mean', 'low', 'high', 'by_seed'}; low and high are None with one seed."""
+  """{'mean', 'low', 'high', 'by_seed'}; low and high are None with one seed, and whatever is no number."""
   return {key: value for key, value in as_json(verdicts.of_values(values)).items() if key not in ('p', 'n')}
 
 

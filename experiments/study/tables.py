@@ -59,7 +59,8 @@ def arm_table(summary: Summary, task: str) -> str:
 def _arm(name: str, one: Mapping[str, Any]) -> list[str]:
   accuracy = interval(one['accuracy'], scale=100)
   gain = evidence(one['gain'], 'accuracy') if 'gain' in one else ''
-  shares = [accuracy, f'{100 * one["retention"]["mean"]:.0f}', gain]
+  retention = one['retention']['mean']
+  shares = [accuracy, '' if retention is None else f'{100 * retention:.0f}', gain]
   if 'entropy' not in one:
     return [name, *shares, *[''] * 5]
   layers = ', '.join(f'{layer["mean"]:.2f}' for layer in one['cka'])

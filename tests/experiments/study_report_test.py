@@ -90,6 +90,17 @@ def test_one_seed_has_no_interval_and_says_so(workdir):
   assert 'x: at least 5 seeds; y: at least 5 seeds' in tables.verdict_table(said, config.claims)
 
 
+def test_a_teacher_that_knows_nothing_leaves_no_share(workdir):
+  config, found = report.collect(_configs(workdir), '2', workdir)['mine']
+  for cell in found:
+    cell['models']['teacher']['accuracy'] = 0.0
+  said = summary.summarize(config, found)
+  nothing = {'mean': None, 'low': None, 'high': None, 'by_seed': [None, None]}
+  assert said['tasks']['x']['models']['a']['retention'] == nothing
+  (row,) = (line for line in tables.arm_table(said, 'x').splitlines() if line.startswith('| a '))
+  assert row.split(' | ')[2] == ''
+
+
 def test_tables_show_points_where_points_are_meant():
   made = {'mean': 0.0312, 'low': -0.01, 'high': 0.07244, 'by_seed': [], 'p': 0.0123, 'n': 10}
   assert tables.evidence(made, 'accuracy') == '+3.1 [-1.0, 7.2], p = .012'
