@@ -53,10 +53,11 @@ def to_rollouts(
 
 def from_data(batch: Batch) -> Rollouts:
   """Rows of a data set as Rollouts that nobody sampled: no rewards, `sampled` 0, and no parts of a mix."""
+  batch = batch if batch.sources is None else batch._replace(sources=None)
   zeros, rows = np.zeros(batch.inputs.shape, np.float32), len(batch.inputs)
   none = np.zeros(rows, np.float32)
   return Rollouts(
-      batch=batch._replace(sources=None), sampler_logprobs=zeros, advantages=zeros, rewards=none, valid=none,
+      batch=batch, sampler_logprobs=zeros, advantages=zeros, rewards=none, valid=none,
       group=np.full(rows, -1, np.int32), sampled=none,
   )
 

@@ -93,6 +93,8 @@ def parse(cls: type[T], section: Mapping[str, Any], where: str) -> T:
 def _convert(hint, value, where):
   if dataclasses.is_dataclass(hint):
     return parse(hint, value, where)
+  if isinstance(value, ml_collections.ConfigDict):
+    value = value.to_dict()
   origin = typing.get_origin(hint) or hint
   if origin in (typing.Union, types.UnionType):
     hints = typing.get_args(hint)

@@ -1,8 +1,10 @@
 """Tiny runs for the tests above the model: two tasks of a few bytes, a one-layer model, and the configs around them."""
 
+import contextlib
 import functools
 import hashlib
 import random
+import signal
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ from configs import base
 from srm_jax import checkpoints, sharding
 from srm_jax.models import transformer
 from srm_jax.tasks import TASKS, graders, task
+from srm_jax.train import step_flops
 from srm_jax.types import Batch, Problem, Rollouts, TrainState
 
 MODEL = dict(embed_dim=16, num_layers=1, num_heads=2, mlp_dim=32, max_length=64)
@@ -101,6 +104,23 @@ def train(recipe, *, num_steps=3, name='adamw', learning_rate=3e-3, model=None, 
           'num_steps': num_steps, 'progress': False, 'log_every': 1, 'checkpoint_every': 0, **options,
       },
   )
+
+
+@contextlib.contextmanager
+def stopped_after(steps):
+  """The training run inside is interrupted, as by Ctrl-C, in its step of this number, and says so."""
+  calls = []
+
+  def interrupt(*args):
+    calls.append(args)
+    if len(calls) == steps:
+      signal.raise_signal(signal.SIGINT)
+    return step_flops(*args)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr('srm_jax.train.step_flops', interrupt)
+    with pytest.raises(KeyboardInterrupt, match=f'stopped after step {steps}; the same command continues'):
+      yield
 
 
 def sft(**options):

@@ -52,19 +52,10 @@ def listed(workdir):
 
 
 @pytest.mark.parametrize('name, config, after', [('sft', SFT, 1), ('sft', SFT, 2), ('grpo', GRPO, 2)])
-def test_a_stopped_run_continues_bit_for_bit(finished, tmp_path, monkeypatch, name, config, after):
-  calls, before = [], signal.getsignal(signal.SIGINT)  # ignored where the tests run in the background of a shell
-
-  def stop(*args):
-    calls.append(args)
-    if len(calls) == after:
-      signal.raise_signal(signal.SIGINT)
-    return step_flops(*args)
-
-  with monkeypatch.context() as patch:
-    patch.setattr('srm_jax.train.step_flops', stop)
-    with pytest.raises(KeyboardInterrupt, match=f'stopped after step {after}; the same command continues'):
-      train(config(), tmp_path)
+def test_a_stopped_run_continues_bit_for_bit(finished, tmp_path, name, config, after):
+  before = signal.getsignal(signal.SIGINT)  # ignored where the tests run in the background of a shell
+  with tiny.stopped_after(after):
+    train(config(), tmp_path)
   assert signal.getsignal(signal.SIGINT) is before
   run = train(config(), tmp_path)
   assert run.step == finished[name].step

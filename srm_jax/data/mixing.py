@@ -10,7 +10,7 @@ import numpy as np
 
 from srm_jax import types
 from srm_jax.data import packing, records
-from srm_jax.data.pipeline import Schedule
+from srm_jax.data.pipeline import Schedule, check_identity
 
 # (params, step, the last shares) -> non-negative shares of the parts, in their order; alike on every host.
 Shares = Callable[[Any, int, Sequence[float]], Sequence[float]]
@@ -107,12 +107,7 @@ def shared_source(
     return _lay_out([rows[i] for i in order[process_index * share : (process_index + 1) * share]], length)
 
   def set_state(found):
-    for key, value in identity.items():
-      if found.get(key) != value:
-        raise ValueError(
-            f'the state to resume from has {key} {found.get(key)!r}, this data set has {value!r}; '
-            'fix: resume with the data and settings of that run, or start a new workdir'
-        )
+    check_identity(found, identity)
     state.update({key: list(found[key]) for key in state})
 
   return types.Source(next_batch, lambda: {**state, **identity}, set_state)

@@ -165,12 +165,17 @@ def scheduled_source(
     return {'step': cursor['step'], **identity}
 
   def set_state(state):
-    for key, value in identity.items():
-      if state.get(key) != value:
-        raise ValueError(
-            f'the state to resume from has {key} {state.get(key)!r}, this data set has {value!r}; '
-            'fix: resume with the data and settings of that run, or start a new workdir'
-        )
+    check_identity(state, identity)
     cursor.update(step=state['step'])
 
   return types.Source(next_batch, get_state, set_state)
+
+
+def check_identity(state, identity):
+  """Raises ValueError where the state that a source is to resume from belongs to other data or settings."""
+  for key, value in identity.items():
+    if state.get(key) != value:
+      raise ValueError(
+          f'the state to resume from has {key} {state.get(key)!r}, this data set has {value!r}; '
+          'fix: resume with the data and settings of that run, or start a new workdir'
+      )

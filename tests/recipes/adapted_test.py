@@ -1,7 +1,6 @@
 """Runs of adapters on a frozen base: what is trained, saved and shared, and what is refused before it compiles."""
 
 import json
-import signal
 
 import jax
 import numpy as np
@@ -72,20 +71,10 @@ def test_a_checkpoint_holds_adapters_alone(finished):
   assert list(meta['frozen']) == [adapted.BASE]
 
 
-def test_a_stopped_run_continues_bit_for_bit(finished, tmp_path, monkeypatch):
+def test_a_stopped_run_continues_bit_for_bit(finished, tmp_path):
   config, expected = finished
-  calls = []
-
-  def stop(*args):
-    calls.append(args)
-    if len(calls) == 3:
-      signal.raise_signal(signal.SIGINT)
-    return step_flops(*args)
-
-  with monkeypatch.context() as patch:
-    patch.setattr('srm_jax.train.step_flops', stop)
-    with pytest.raises(KeyboardInterrupt, match='stopped after step 3'):
-      train(config, tmp_path)
+  with tiny.stopped_after(3):
+    train(config, tmp_path)
   run = train(config, tmp_path)
   jax.tree.map(np.testing.assert_array_equal, run.params, expected.params)
   assert run.metrics[-1]['loss'] == expected.metrics[-1]['loss']

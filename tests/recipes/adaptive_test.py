@@ -1,7 +1,5 @@
 """Shares that follow the student: golden values, what is held out, and runs that measure, resume and refuse."""
 
-import signal
-
 import jax
 import numpy as np
 import pytest
@@ -12,7 +10,7 @@ from srm_jax.data import packing
 from srm_jax.models import transformer
 from srm_jax.models.config import TransformerConfig
 from srm_jax.recipes import adaptive
-from srm_jax.train import step_flops, train
+from srm_jax.train import train
 from tests import tiny
 from tests.tiny import one_device, tiny_tasks  # noqa: F401
 
@@ -81,21 +79,12 @@ def teacher(tmp_path_factory):
   return tiny.write_model(tmp_path_factory.mktemp('teacher'), shape, seed=3, scale=3.0)
 
 
-def test_a_stopped_run_continues_bit_for_bit(teacher, tmp_path, monkeypatch):
+def test_a_stopped_run_continues_bit_for_bit(teacher, tmp_path):
   """After a step between two measurements: the shares of the last one are in the checkpoint."""
   config = tiny.train(recipe(teacher, every=3), num_steps=6)
-  expected, calls = train(config, tmp_path / 'whole'), []
-
-  def stop(*args):
-    calls.append(args)
-    if len(calls) == 4:
-      signal.raise_signal(signal.SIGINT)
-    return step_flops(*args)
-
-  with monkeypatch.context() as patch:
-    patch.setattr('srm_jax.train.step_flops', stop)
-    with pytest.raises(KeyboardInterrupt, match='stopped after step 4'):
-      train(config, tmp_path / 'stopped')
+  expected = train(config, tmp_path / 'whole')
+  with tiny.stopped_after(4):
+    train(config, tmp_path / 'stopped')
   run = train(config, tmp_path / 'stopped')
   jax.tree.map(np.testing.assert_array_equal, run.params, expected.params)
   assert run.metrics[-1]['loss'] == expected.metrics[-1]['loss']
