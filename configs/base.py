@@ -127,6 +127,21 @@ def hidden(feature='cosine', weight=1.0, *, layers='skip', projector='learned'):
   return term('hidden', weight, feature=feature, layers=layers, projector=projector)
 
 
+def relations(relation='minilm_v2', weight=1.0, *, layers='final', **options):
+  """Attention relations of one layer; options: relation_heads."""
+  return term('relations', weight, relation=relation, layers=layers, options=options)
+
+
+def policy(
+    advantage='reverse_kl', weight=1.0, *, surrogate='importance_sampling', reward_weight=0.0, rows='all', **options
+):
+  """The teacher's opinion of each sampled token as an advantage, beside the task's reward with its weight."""
+  return term(
+      'policy', weight, rows=rows, advantage=advantage, advantage_options=options, surrogate=surrogate,
+      surrogate_options={}, reward_weight=reward_weight,
+  )
+
+
 def loss(**terms):
   """A weighted sum of terms, by name; cross-entropy is measured in any case."""
   return ConfigDict(dict(terms={'cross_entropy': term('cross_entropy', 0.0), **terms}, head_chunk=None))

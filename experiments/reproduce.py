@@ -15,6 +15,7 @@ from typing import NamedTuple
 from absl import app, flags
 
 from experiments import command, runtime
+from experiments.study import tables
 from experiments.sweep import seeds
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -29,6 +30,7 @@ class Entry(NamedTuple):
   expected: a line a claim, in the order of the claims that begin with `claims` in the recorded verdicts. config: below
   the repository; its stem is the section of `results`. module: of experiments/distillation_studies, which runs it;
   script: what runs it where that is ''. published: a config with the same losses for published models on TPUs, or ''.
+  seeds: how many the rule is about.
   """
 
   title: str
@@ -40,6 +42,7 @@ class Entry(NamedTuple):
   script: str = ''
   claims: str | tuple[str, ...] = ''
   published: str = ''
+  seeds: str = '5'
 
 
 ENTRIES: dict[str, Entry] = {
@@ -88,6 +91,7 @@ ENTRIES: dict[str, Entry] = {
          'at equal tokens, smallest student, short - long > 0', 'rank correlation of (long - short) with size > .8',
          'a fifth of long chains - the better pure set > -1 point, equal tokens'),
         'configs/studies/chain_length.py', f'{STUDIES}/S7/results.json', module='chain_length',
+        seeds='3',
     ),
 }
 
@@ -103,22 +107,17 @@ def recorded(entry: Entry) -> list[dict] | None:
 
 
 def outcome(verdict: dict) -> str:
-  """'supported: +0.031 [0.012, 0.05]', an interval a task."""
+  """'supported: +0.031 [0.012, 0.050] over 5 seeds', an interval a task; accuracies are fractions."""
   seen = '; '.join(
-      f'{task} {_interval(one)}' if len(verdict['evidence']) > 1 else _interval(one)
+      f'{task if len(verdict["evidence"]) > 1 else ""} {tables.evidence(one, "")} over {len(one["by_seed"])} seeds'.strip()
       for task, one in verdict['evidence'].items()
   )
   return f'{verdict["verdict"]}: {seen}'
 
 
-def _interval(one: dict) -> str:
-  number = lambda value: 'nan' if value is None else f'{value:.3g}'
-  return f'{number(one["mean"])} [{number(one["low"])}, {number(one["high"])}] over {len(one["by_seed"])} seeds'
-
-
 def describe(identifier: str, entry: Entry) -> str:
   """What --list prints of a study."""
-  run = f'bash {entry.script}' if entry.script else f'python -m experiments.reproduce --run={identifier}'
+  run = f'bash {entry.script}' if entry.script else f'python -m experiments.reproduce --run={identifier} --workdir=runs/{identifier}'
   lines = [f'{identifier:<9} {entry.title}', f'{"":<9} {entry.paper}', f'{"":<9} {entry.config}   {run}']
   if entry.published:
     lines.append(f'{"":<9} published models: {entry.published}')
@@ -133,22 +132,26 @@ def run(identifier: str, workdir: str, *, smoke: bool, seeds_text: str, record: 
   """Runs a study, or continues it, and prints its verdicts.
 
   Raises:
-    ConfigError: no such study, or one to record that is not whole.
+    ConfigError: no such study, or one to record that is not whole: a smoke run, or other seeds than its rule is about.
   """
   from srm_jax import schema
 
   entry = schema.choose('study', identifier, ENTRIES)
+  chosen = seeds(seeds_text or ('1' if smoke else entry.seeds))
+  if record and (smoke or chosen != seeds(entry.seeds)):
+    raise schema.ConfigError(
+        f'what is recorded of {identifier} is its full size on {entry.seeds} seeds; fix: --record without --smoke and --seeds'
+    )
   if entry.script:
-    arguments = [f'--workdir={workdir}', f'--seeds={seeds_text}', *(['--smoke'] if smoke else [])]
-    subprocess.run(['bash', str(ROOT / entry.script), *arguments], check=True)
+    out = pathlib.Path(entry.results).parent if record else f'{workdir}/report'
+    arguments = [f'--workdir={workdir}', f'--out={out}', f'--seeds={",".join(map(str, chosen))},']
+    subprocess.run(['bash', str(ROOT / entry.script), *arguments, *(['--smoke'] if smoke else [])], check=True)
     return
   from experiments.distillation_studies import running
 
-  if record and smoke:
-    raise schema.ConfigError('a smoke run says nothing; fix: --record without --smoke')
   study = importlib.import_module(f'{running.__package__}.{entry.module}').STUDY
   say = lambda seed, stage: print(f'{identifier}, seed {seed}: {stage.name}, {stage.seconds:.0f} s', flush=True)
-  results = running.run(study, workdir, size='smoke' if smoke else 'full', seeds=seeds(seeds_text), report=say)
+  results = running.run(study, workdir, size='smoke' if smoke else 'full', seeds=chosen, report=say)
   print(running.markdown(results))
   if record:
     running.record(results, identifier, workdir, (ROOT / entry.results).parent)
@@ -165,8 +168,7 @@ def main(argv):
   command.show_progress_of_library()
   runtime.prepare()
   command.guarded(lambda: run(
-      _RUN.value, _WORKDIR.value, smoke=_SMOKE.value, record=_RECORD.value,
-      seeds_text=_SEEDS.value or ('1' if _SMOKE.value else '5'),
+      _RUN.value, _WORKDIR.value, smoke=_SMOKE.value, record=_RECORD.value, seeds_text=_SEEDS.value,
   ))
 
 
@@ -175,6 +177,6 @@ if __name__ == '__main__':
   _RUN = flags.DEFINE_string('run', None, 'Which study to run: an ID of --list.')
   _WORKDIR = flags.DEFINE_string('workdir', None, 'Where stages and results go; the same command continues.')
   _SMOKE = flags.DEFINE_bool('smoke', False, 'The smallest form: it shows that everything runs, and nothing else.')
-  _SEEDS = flags.DEFINE_string('seeds', '', 'How many seeds from 1 on, or the seeds themselves: 7,8,9; 5 by default.')
-  _RECORD = flags.DEFINE_bool('record', False, f'Puts results, figure and tables below {STUDIES}.')
+  _SEEDS = flags.DEFINE_string('seeds', '', 'How many seeds from 1 on, or the seeds themselves: 7,8,9; all by default.')
+  _RECORD = flags.DEFINE_bool('record', False, 'Puts results, figures and tables where the repository has them.')
   app.run(main)

@@ -16,6 +16,7 @@ ONEDNN = '--xla_cpu_experimental_onednn_custom_call=true'
 # For virtual devices; both are known since before JAX 0.10.
 PATIENCE = '--xla_cpu_collective_call_terminate_timeout_seconds=600'
 ONE_ORDER = '--xla_cpu_enable_concurrency_optimized_scheduler=false'
+HASTY = '--xla_backend_optimization_level=0'
 
 # Run in a process of its own, as the answer to an unknown flag is SIGABRT: is the product right that the flag replaces?
 _TRIAL = """
@@ -57,6 +58,14 @@ def set_virtual_devices(count: int):
   for flag in (PATIENCE, ONE_ORDER):
     if not _set_already(flag.split('=')[0].removeprefix('--')):
       _add_flag(flag)
+
+
+def compile_hastily():
+  """A third of the time to compile, and slower programs: for many of them that compute little, as tests and smoke runs
+  have. It concerns code for the CPU alone; an optimisation level of the user's stays.
+  """
+  if not _set_already('xla_backend_optimization_level'):
+    _add_flag(HASTY)
 
 
 def _tpu_compiler_only() -> bool:

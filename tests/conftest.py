@@ -1,5 +1,8 @@
 """Runs before any test is imported: eight virtual CPU devices, no silent broadcasting, one place for compiled programs.
 
+Most of the suite's time is the compiler's. It does not optimise here; XLA_FLAGS=--xla_backend_optimization_level=3 has it
+do as in a run.
+
 All of it stands in environment variables, so that processes which tests start inherit it.
 """
 
@@ -19,6 +22,7 @@ os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.jax_cache'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 runtime.set_virtual_devices(8)
+runtime.compile_hastily()
 
 
 def pytest_configure(config):

@@ -17,6 +17,7 @@ import pytest
 
 from configs import quickstart, quickstart_sizes
 from configs.distill import published_ablation
+from experiments import runtime
 from srm_jax import checkpoints, metrics, schema, stages
 from srm_jax.data import records
 from srm_jax.models import transformer, weights
@@ -212,7 +213,8 @@ train(tiny.grpo(num_steps=8, checkpoint_every=2), {workdir!r})
 
 
 def start(command, workdir):
-  environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=1', 'PYTHONPATH': str(ROOT)}
+  flags = f'--xla_force_host_platform_device_count=1 {runtime.HASTY}'
+  environment = os.environ | {'XLA_FLAGS': flags, 'PYTHONPATH': str(ROOT)}
   arguments = [part.replace('{workdir!r}', repr(str(workdir))).replace('{workdir}', str(workdir)) for part in command]
   return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 

@@ -8,17 +8,6 @@ Hardware: two CPU cores, minutes. Each entry of PAPERS names its paper and what 
 from configs import base
 
 
-def _policy(weight=1.0, *, advantage='reverse_kl', reward_weight=0.0, **options):
-  return base.term(
-      'policy', weight, rows='samples', advantage=advantage, advantage_options=options,
-      surrogate='importance_sampling', surrogate_options={}, reward_weight=reward_weight,
-  )
-
-
-def _relations(weight=1.0):
-  return base.term('relations', weight, relation='minilm_v2', layers='final', options=dict(relation_heads=4))
-
-
 def _growing(start, end, steps):
   return dict(name='linear', start=start, end=end, steps=steps)
 
@@ -36,7 +25,7 @@ PAPERS = {
         hidden=base.hidden('patient', 10.0), kl=base.divergence('forward_kl', 0.5, temperature=2.0),
         cross_entropy=base.term('cross_entropy', 0.5)), None),
     # Wang et al., MiniLMv2, arXiv:2012.15828, on the last layers, with a causal mask. Left out: the choice of a layer.
-    'minilm': (lambda steps: dict(relations=_relations()), None),
+    'minilm': (lambda steps: dict(relations=base.relations(relation_heads=4)), None),
     # Shing et al., TAID, arXiv:2501.16937. Left out: its adaptive rate.
     'taid': (lambda steps: dict(kl=base.divergence('taid', tau=_growing(0.4, 1.0, steps))), None),
     # Ko et al., DistiLLM, arXiv:2402.03898, the share of samples on a line. Left out: its replay buffer.
@@ -49,12 +38,12 @@ PAPERS = {
     'gkd': (lambda steps: dict(kl=base.divergence('jensen_shannon', beta=0.5)), 'alternate'),
     # Gu et al., MiniLLM, arXiv:2306.08543. Left out: samples from a mixture of teacher and student.
     'minillm': (lambda steps: dict(
-        long=_policy(advantage='minillm'), short=base.divergence('reverse_kl', rows='samples'),
+        long=base.policy('minillm', rows='samples'), short=base.divergence('reverse_kl', rows='samples'),
         cross_entropy=base.term('cross_entropy', 1.0, rows='data')), 'both'),
     # Lu et al., On-Policy Distillation, Thinking Machines 2025: sampled-token reverse KL as the advantage.
-    'sampled_reverse_kl': (lambda steps: dict(policy=_policy()), ''),
+    'sampled_reverse_kl': (lambda steps: dict(policy=base.policy(rows='samples')), ''),
     # The same beside the task's rewards.
-    'reward_and_teacher': (lambda steps: dict(policy=_policy(reward_weight=1.0)), ''),
+    'reward_and_teacher': (lambda steps: dict(policy=base.policy(reward_weight=1.0, rows='samples')), ''),
 }
 
 

@@ -5,7 +5,7 @@ Plan: python -m experiments.plan --config=configs/distill/published.py --topolog
 Hardware: 16 TPU v5e chips. Status: compiled for v5e:4x4 (Qwen2.5-1.5B into 0.5B); the smallest shapes ran on a CPU.
 DIR has config.json, safetensors and tokenizer.json; a preset's name in its place has the shape alone, for plan. The
 two may pad their vocabularies differently (Qwen2.5 of 7B and of 0.5B). format=chat asks through the chat template.
-Left out: on-policy samples (configs/distill/gkd.py), hidden states.
+Left out: on-policy samples (configs/distill/papers.py:paper=gkd), hidden states.
 Reference: Hinton et al., Distilling the Knowledge in a Neural Network, arXiv:1503.02531.
 """
 

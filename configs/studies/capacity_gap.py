@@ -17,7 +17,7 @@ Reference: Gu et al., MiniLLM, arXiv:2306.08543.
 """
 
 from configs import base
-from configs.studies import one_start
+from configs.studies import lines, one_start
 from configs.studies.one_start import Arm
 
 _SMALL = dict(student=dict(embed_dim=16, num_layers=1, num_heads=1, mlp_dim=48))
@@ -31,13 +31,13 @@ def losses():
   return dict(
       forward_on=base.loss(forward_kl=base.divergence('forward_kl')),
       reverse_on=base.loss(reverse_kl=reverse),
-      minillm_on=base.loss(policy=one_start.teacher_advantage('minillm'), reverse_kl=reverse),
+      minillm_on=base.loss(policy=base.policy('minillm'), reverse_kl=reverse),
   )
 
 
 def get_config(arg: str = ''):
   """arg: 'seed=2,size=smoke'."""
-  a = base.parse_arg(arg, **one_start.DEFAULTS)
+  a = base.parse_arg(arg, **lines.DEFAULTS)
 
   def arms(s, data, stages):
     fresh = data(count=s.fresh // 4, seed=a.seed * 1000 + 7)
@@ -50,6 +50,5 @@ def get_config(arg: str = ''):
     on = {name: base.on_policy_distill('{teacher}', written, rollouts, loss) for name, loss in losses().items()}
     return {name: Arm(recipe, *_STEPS[a.size]) for name, recipe in (dict(forward_off=off) | on).items()}
 
-  sizes = (one_start.SMOKE if a.size == 'smoke' else one_start.FULL) | _SMALL
   rows = dict(greedy=base.strategy(), sampled=base.strategy(temperature=1.0))
-  return one_start.line(a, sizes, arms, task='running_sums_either_way', rows_of_tests=rows)
+  return one_start.line(a, arms, task='running_sums_either_way', rows_of_tests=rows, **_SMALL)

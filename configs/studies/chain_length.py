@@ -18,9 +18,9 @@ Reference: Li et al., Small Models Struggle to Learn from Strong Reasoners, arXi
 from ml_collections import ConfigDict
 
 from configs import base
-from configs.studies import one_start
+from configs.studies import lines
+from srm_jax import schema
 
-DEFAULTS = one_start.DEFAULTS
 SIZES = dict(
     w16=dict(embed_dim=16, num_layers=1, num_heads=1, mlp_dim=48),
     w32=dict(embed_dim=32, num_layers=2, num_heads=2, mlp_dim=96),
@@ -33,8 +33,8 @@ SMOKE = FULL | dict(problems=40, rows=2, test=16, decode_rows=16, new_tokens=32,
 
 def get_config(arg: str = ''):
   """arg: 'seed=2,size=smoke'."""
-  a = base.parse_arg(arg, **DEFAULTS)
-  s, seed, stages = ConfigDict(SMOKE if a.size == 'smoke' else FULL), a.seed * 1000, {}
+  a = base.parse_arg(arg, **lines.DEFAULTS)
+  s, seed, stages = ConfigDict(schema.choose('size', a.size, dict(full=FULL, smoke=SMOKE))), a.seed * 1000, {}
   chains = {name: base.data(task, count=s.problems, seed=seed + 1) for name, task in (
       ('short', 'sums'), ('long', 'sums_checked'),
   )}
@@ -45,18 +45,11 @@ def get_config(arg: str = ''):
       long=(chains['long'], s.steps), short=(chains['short'], s.short_steps), short_more=(chains['short'], s.steps),
       mix_20=(mix(0.2), s.steps), mix_50=(mix(0.5), s.steps),
   )
-  test = base.data('sums', 'test', count=s.test, seed=one_start.TEST)
   for size, shape in SIZES.items():
     for arm, (data, steps) in arms.items():
       name = f'{size}_{arm}'
       stages[name] = dict(run='train', config=base.train(
           base.sft(data, base.batch(s.rows, s.length)), tokenizer='byte', seed=seed + 3, num_steps=steps,
-          model=base.model(**shape, max_length=s.length), optimizer=base.optimizer(**one_start.MUON),
+          model=base.model(**shape, max_length=s.length), optimizer=base.optimizer(**lines.MUON),
       ))
-      stages[f'test_{name}'] = dict(run='evaluate', config=base.evaluate(
-          f'{{{name}}}', test, dict(greedy=base.strategy()), max_new_tokens=s.new_tokens, batch_size=s.decode_rows,
-      ))
-  for stage in stages.values():
-    stage['config']['progress'] = False
-  names = tuple(name for name in stages if not name.startswith('test_'))
-  return ConfigDict(dict(seed=a.seed, task='sums', size=a.size, arms=names, order=tuple(stages), stages=stages))
+  return lines.line(a, s, stages, tuple(stages), task='sums', arms=tuple(stages))

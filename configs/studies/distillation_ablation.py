@@ -34,7 +34,6 @@ CLAIMS = (
 def losses():
   """{arm: loss}."""
   forward_kl, cosine = base.divergence('forward_kl'), base.hidden('cosine')
-  relations = dict(relation='minilm_v2', layers='final', options=dict(relation_heads=2))
   return dict(
       forward_kl=base.loss(logits=forward_kl),
       reverse_kl=base.loss(logits=base.divergence('reverse_kl')),
@@ -42,7 +41,7 @@ def losses():
       skew=base.loss(logits=base.divergence('skew_kl', alpha=0.1)),
       fitnets=base.loss(hidden=base.hidden('fitnets')),
       cosine=base.loss(hidden=cosine),
-      minilm=base.loss(relations=base.term('relations', **relations)),
+      minilm=base.loss(relations=base.relations(relation_heads=2)),
       logit_hidden=base.loss(logits=forward_kl, hidden=cosine),
   )
 

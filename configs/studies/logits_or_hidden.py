@@ -27,12 +27,11 @@ def losses(student_layers: int, teacher_layers: int):
   # The map 'skip' of two layers onto three is the map 'last'.
   every_other = tuple((l, teacher_layers - 1 - 2 * (student_layers - 1 - l)) for l in range(student_layers))
   label, forward_kl = base.term('cross_entropy', 1.0), base.divergence('forward_kl')
-  relations = dict(relation='minilm_v2', layers='final', options=dict(relation_heads=2))
   terms = dict(
       ce_logits=dict(logits=forward_kl),
       ce_fitnets=dict(hidden=base.hidden('fitnets')),
       ce_cosine=dict(hidden=base.hidden('cosine')),
-      ce_minilm=dict(relations=base.term('relations', **relations)),
+      ce_minilm=dict(relations=base.relations(relation_heads=2)),
       ce_patient_last=dict(hidden=base.hidden('patient', layers='last')),
       ce_patient_skip=dict(hidden=base.hidden('patient', layers=every_other)),
       ce_logits_cosine=dict(logits=forward_kl, hidden=base.hidden('cosine')),

@@ -17,7 +17,7 @@ Report, arXiv:2505.09388, table 21; Shao et al., DeepSeekMath, arXiv:2402.03300.
 """
 
 from configs import base
-from configs.studies import one_start
+from configs.studies import lines, one_start
 from configs.studies.one_start import Arm
 
 # Steps of a training, and between its checkpoints: distillation over the vocabulary is there long before the others.
@@ -29,21 +29,21 @@ def losses():
   """{arm: loss} of the arms that ask the teacher."""
   return dict(
       opd=base.loss(reverse_kl=base.divergence('reverse_kl')),
-      opd_sampled=base.loss(policy=one_start.teacher_advantage()),
-      opd_grpo=base.loss(policy=one_start.teacher_advantage(reward=1.0)),
+      opd_sampled=base.loss(policy=base.policy()),
+      opd_grpo=base.loss(policy=base.policy(reward_weight=1.0)),
   )
 
 
 def get_config(arg: str = ''):
   """arg: 'seed=2,size=smoke'."""
-  a = base.parse_arg(arg, **one_start.DEFAULTS)
-  steps = _STEPS[a.size]
+  a = base.parse_arg(arg, **lines.DEFAULTS)
 
   def arms(s, data, stages):
     del stages
+    steps = _STEPS[a.size]
     fresh, rollouts = data(count=s.fresh, seed=a.seed * 1000 + 7), one_start.sampled(s, **_GROUPS[a.size])
     recipes = {name: base.on_policy_distill('{teacher}', fresh, rollouts, loss) for name, loss in losses().items()}
     recipes['grpo'] = base.grpo(fresh, rollouts)
     return {name: Arm(recipe, *steps['opd' if name == 'opd' else 'other']) for name, recipe in recipes.items()}
 
-  return one_start.line(a, one_start.SMOKE if a.size == 'smoke' else one_start.FULL, arms)
+  return one_start.line(a, arms)

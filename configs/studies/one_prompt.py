@@ -13,7 +13,7 @@ Reference: Lu et al., On-Policy Distillation, 2025, thinkingmachines.ai/blog/on-
 """
 
 from configs import base
-from configs.studies import one_start
+from configs.studies import lines, one_start
 from configs.studies.one_start import Arm
 
 _SAMPLES = dict(full=256, smoke=16)
@@ -22,7 +22,7 @@ _STEPS = dict(full=(20, 4), smoke=(2, 1))
 
 def get_config(arg: str = ''):
   """arg: 'seed=2,size=smoke'."""
-  a = base.parse_arg(arg, **one_start.DEFAULTS)
+  a = base.parse_arg(arg, **lines.DEFAULTS)
 
   def arms(s, data, stages):
     del stages
@@ -34,4 +34,4 @@ def get_config(arg: str = ''):
       found |= {f'{name}_{prompts}': Arm(recipe, *_STEPS[a.size]) for name, recipe in recipes.items()}
     return found
 
-  return one_start.line(a, one_start.SMOKE if a.size == 'smoke' else one_start.FULL, arms)
+  return one_start.line(a, arms)

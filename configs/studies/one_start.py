@@ -4,18 +4,16 @@ Used by configs/studies/on_policy_or_rl.py, one_prompt.py and capacity_gap.py, s
 once where they share a workdir.
 """
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from configs import base
+from configs.studies import lines
+from srm_jax import schema
 
-DEFAULTS = dict(size='full', seed=1)
-DEV, TEST = 50_000, 60_000  # all seeds are tested on the same problems, so that a pooled test has each in its place
 TEACHER = 3  # its seed
 
-MUON = dict(name='muon', learning_rate=3e-3, matrix_learning_rate=0.02)
 # One rule for all arms that are compared, whatever their loss; constant, so that arms may be of different lengths.
 ADAM = dict(name='adamw', learning_rate=1e-3, schedule='constant', warmup_steps=5, weight_decay=0.0)
 
@@ -23,15 +21,15 @@ FULL = dict(
     rows=24, length=112, row=26, new_tokens=14, decode_rows=512,
     teacher=dict(embed_dim=64, num_layers=2, num_heads=4, mlp_dim=192),
     student=dict(embed_dim=64, num_layers=2, num_heads=4, mlp_dim=192),
-    optimizer=dict(teacher=MUON, base=MUON, arm=ADAM),
+    optimizer=dict(teacher=lines.MUON, base=lines.MUON, arm=ADAM),
     teacher_problems=8000, gold=4000, fresh=20_000, test=1000, dev=400, temperature=1.0, log_every=4,
     steps=dict(teacher=360, base=240),
 )
-SMOKE = FULL | dict(
+SIZES = dict(full=FULL, smoke=FULL | dict(
     rows=4, decode_rows=32, teacher_problems=200, gold=100, fresh=64, test=32, dev=16, log_every=1,
     teacher=dict(embed_dim=32, num_layers=1, num_heads=2, mlp_dim=64),
     student=dict(embed_dim=16, num_layers=1, num_heads=2, mlp_dim=32), steps=dict(teacher=4, base=2),
-)
+))
 
 
 class Arm(NamedTuple):
@@ -42,17 +40,17 @@ class Arm(NamedTuple):
   every: int
 
 
-def line(a, sizes: Mapping[str, Any], make_arms, *, task='running_sums', rows_of_tests=None):
+def line(a, make_arms, *, task='running_sums', rows_of_tests=None, **changed):
   """The stages of a study: teacher, start, what make_arms adds, arms, evaluations.
 
   Args:
     a: arguments of the config, with seed and size.
-    sizes: as FULL.
     make_arms: (sizes, data, stages) -> {arm: Arm}; it may add stages, data(...) is a section of the task.
     task: of the problems and of the chains that the teacher learns.
     rows_of_tests: {row: strategy} of every evaluation; one greedy row by default.
+    changed: numbers of the size that are others here.
   """
-  s, seed, stages = ConfigDict(sizes), a.seed * 1000, {}
+  s, seed, stages = ConfigDict(schema.choose('size', a.size, SIZES) | changed), a.seed * 1000, {}
   data = lambda *split, **options: base.data(task, *split, **options)
   rows = base.batch(s.rows, s.length)
 
@@ -71,31 +69,15 @@ def line(a, sizes: Mapping[str, Any], make_arms, *, task='running_sums', rows_of
   for name, arm in arms.items():
     keep = dict(checkpoint_every=arm.every, keep_checkpoints=-(-arm.steps // arm.every))
     training(name, arm.recipe, seed + 6, arm.steps, kind='arm', init_from='{base}', **keep)
-  test = data('test', count=s.test, seed=TEST)
-  for name in ('teacher', 'base', *arms):
-    stages[f'test_{name}'] = dict(run='evaluate', config=base.evaluate(
-        f'{{{name}}}', test, rows_of_tests or dict(greedy=base.strategy()), max_new_tokens=s.new_tokens,
-        batch_size=s.decode_rows, seed=seed,
-    ))
-  for stage in stages.values():
-    stage['config']['progress'] = False  # two runs at once would write over each other
-  dev = data('dev', count=s.dev, seed=DEV)
-  measure = dict(data=dev, new_tokens=s.new_tokens, decode_rows=s.decode_rows)
-  return ConfigDict(dict(
-      seed=a.seed, task=task, size=a.size, arms=tuple(arms), measure=measure, order=tuple(stages), stages=stages,
-  ))
+  measure = dict(data=data('dev', count=s.dev, seed=lines.DEV), new_tokens=s.new_tokens, decode_rows=s.decode_rows)
+  return lines.line(
+      a, s, stages, ('teacher', 'base', *arms), task=task, rows=rows_of_tests, seed=seed, arms=tuple(arms),
+      measure=measure,
+  )
 
 
 def sampled(s, *, prompts, samples):
   """Rollouts of `prompts` groups of `samples` completions a step."""
   return base.rollouts(
       prompts=prompts, samples=samples, length=s.row, max_new_tokens=s.new_tokens, temperature=s.temperature,
-  )
-
-
-def teacher_advantage(advantage='reverse_kl', *, reward=0.0):
-  """The teacher's opinion of each sampled token as an advantage, the task's reward beside it with this weight."""
-  return base.term(
-      'policy', advantage=advantage, advantage_options={}, surrogate='importance_sampling', surrogate_options={},
-      reward_weight=reward,
   )

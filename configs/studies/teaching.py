@@ -7,11 +7,11 @@ once. Both tasks have models of one shape and rows of one length, so that the pr
 from ml_collections import ConfigDict
 
 from configs import base
+from configs.studies import lines
+from srm_jax import schema
 
-DEFAULTS = dict(task='sums', size='full', seed=1)
-DEV, TEST = 50_000, 60_000  # all seeds are tested on the same problems, so that a pooled test has each in its place
+DEFAULTS = dict(task='sums') | lines.DEFAULTS
 
-_START = dict(name='muon', learning_rate=3e-3, matrix_learning_rate=0.02)
 # One rule for all arms, whatever their loss. 8 packed rows hold about as many texts as `sampled` prompts.
 _ARM = dict(name='muon', learning_rate=2e-3, matrix_learning_rate=0.015, warmup_steps=8)
 
@@ -20,7 +20,7 @@ _FULL = dict(
     pieces=0, vocab=276, rows=12, arm_rows=8, length=176, context=224, new_tokens=68, decode_rows=1024,
     teacher=dict(embed_dim=64, num_layers=3, num_heads=4, mlp_dim=192),
     student=dict(embed_dim=32, num_layers=2, num_heads=2, mlp_dim=96),
-    optimizer=dict(teacher=_START, base=_START | dict(learning_rate=6e-3, matrix_learning_rate=0.04), arm=_ARM),
+    optimizer=dict(teacher=lines.MUON, base=lines.MUON | dict(learning_rate=6e-3, matrix_learning_rate=0.04), arm=_ARM),
     teacher_problems=8000, gold=400, prompts=1500, fixed=400, temperature=0.7, sampled=32, row=164,
     test=1000, dev=200, text_rows=24, steps=dict(teacher=400, base=300, arm=90),
 )
@@ -49,7 +49,7 @@ def claim(text, above, below, *, what='accuracy', margin=0.0):
 
 def line(a, make_arms, claims=()):
   """Stages: what the studies share, then the arms. make_arms(sizes, data, rows) -> {arm: recipe}."""
-  s, seed, stages = ConfigDict(SIZES[f'{a.task}/{a.size}']), a.seed * 1000, {}
+  s, seed, stages = ConfigDict(schema.choose('task and size', f'{a.task}/{a.size}', SIZES)), a.seed * 1000, {}
   data = lambda *split, **options: base.data(a.task, *split, **options)
   rows, arm_rows = (base.batch(size, s.length) for size in (s.rows, s.arm_rows))
 
@@ -75,17 +75,8 @@ def line(a, make_arms, claims=()):
   for name, recipe in arms.items():
     every = s.steps.arm // 3  # checkpoints of which the curve over steps is made
     training(name, recipe, seed + 6, kind='arm', init_from='{base}', checkpoint_every=every, keep_checkpoints=3)
-  test = data('test', count=s.test, seed=TEST)
-  for name in ('teacher', 'base', *arms):
-    stages[f'test_{name}'] = dict(run='evaluate', config=base.evaluate(
-        f'{{{name}}}', test, dict(greedy=base.strategy()), max_new_tokens=s.new_tokens, batch_size=s.decode_rows,
-    ))
-  for stage in stages.values():
-    if 'progress' in stage['config']:
-      stage['config']['progress'] = False  # two runs at once would write over each other
-  dev = data('dev', count=s.dev, seed=DEV)
+  dev = data('dev', count=s.dev, seed=lines.DEV)
   measure = dict(data=dev, batch=base.batch(s.text_rows, s.length), new_tokens=s.new_tokens, decode_rows=s.decode_rows)
-  return ConfigDict(dict(
-      seed=a.seed, task=a.task, size=a.size, arms=tuple(arms), claims=tuple(claims), measure=measure,
-      order=tuple(stages), stages=stages,
-  ))
+  return lines.line(
+      a, s, stages, ('teacher', 'base', *arms), task=a.task, arms=tuple(arms), claims=tuple(claims), measure=measure,
+  )

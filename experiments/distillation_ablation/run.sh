@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Logits matching against intermediate matching, and S3, on two tasks with five seeds, a core a task:
 #   bash experiments/distillation_ablation/run.sh [--smoke] [--seeds=N] [--workdir=DIR] [--out=FOLDER]
-# Ctrl-C and the same command again continue where it stopped. Results go to --out, by default this folder. --smoke runs
-# one study a task with a few steps, and its results stay in the workdir.
+# Ctrl-C and the same command again continue where it stopped. Results go to --out, by default `report` in the workdir;
+# those of this folder are made with --out=experiments/distillation_ablation. --smoke runs one study a task with a few
+# steps.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . experiments/environment.sh
@@ -18,8 +19,7 @@ for argument in "$@"; do
   esac
 done
 workdir=${workdir:-runs/distillation_ablation-$size}
-[ "$size" = full ] || out=${out:-$workdir/report}
-out=${out:-experiments/distillation_ablation}
+out=${out:-$workdir/report}
 prepare_environment
 mkdir -p "$workdir"
 
@@ -46,5 +46,5 @@ failed=0
 for process in "${processes[@]}"; do
   wait "$process" || failed=1
 done
+[ "$failed" = 0 ] || { say "a study stopped; its log says why, and the same command continues"; exit 1; }
 "$venv_python" -m experiments.study.report "${everything[@]}" --seeds="$seeds" --workdir="$workdir" --out="$out"
-exit "$failed"

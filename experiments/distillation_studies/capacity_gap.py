@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.distillation_studies.running import COLORS, Study, graded, mean_and_seeds
+from experiments.distillation_studies.running import COLORS, Study, mean_and_seeds
 from experiments.study import verdicts
+from experiments.study.cells import graded
 from srm_jax.evaluate import read_completions
 from srm_jax.recipes.context import DataConfig, load_problems
 from srm_jax.schema import parse
@@ -25,7 +26,7 @@ def read(done, config):
     section = resolve(config.stages[f'test_{name}'].config.data)
     problems = load_problems(parse(DataConfig, section, 'data'))
     texts = read_completions(done[f'test_{name}'].workdir, 'sampled')
-    found[name] = graded(done[f'test_{name}']) | shares(problems, [texts[problem.id]['text'] for problem in problems])
+    found[name] = graded(done[f'test_{name}'], 'greedy') | shares(problems, [texts[problem.id]['text'] for problem in problems])
   return found
 
 

@@ -4,8 +4,9 @@ import numpy as np
 from scipy import stats
 
 from configs.studies.chain_length import SIZES
-from experiments.distillation_studies.running import COLORS, Study, graded, mean_and_seeds
+from experiments.distillation_studies.running import COLORS, Study, mean_and_seeds
 from experiments.study import cells, verdicts
+from experiments.study.cells import graded
 
 ARMS = ('short', 'short_more', 'long', 'mix_20', 'mix_50')
 RULES = {'equal epochs': 'short', 'equal tokens': 'short_more'}

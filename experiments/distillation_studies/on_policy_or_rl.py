@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from experiments.distillation_studies.running import COLORS, Study, graded, sampled_tokens
+from experiments.distillation_studies.running import COLORS, Study, sampled_tokens
 from experiments.study import measure, verdicts
+from experiments.study.cells import graded
 from srm_jax.recipes.context import DataConfig
 from srm_jax.schema import parse
 from srm_jax.train import resolve

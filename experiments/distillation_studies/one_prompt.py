@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from experiments.distillation_studies.running import COLORS, Study, graded, mean_and_seeds
+from experiments.distillation_studies.running import COLORS, Study, mean_and_seeds
 from experiments.study import cells, verdicts
+from experiments.study.cells import graded
 
 PROMPTS = (1, 8)
 

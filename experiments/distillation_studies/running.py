@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 
 from experiments.study import cells, figures, tables, verdicts
 from experiments.study.summary import record as plain
-from experiments.sweep import load_config
 from srm_jax import checkpoints, metrics, stages
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -50,24 +49,16 @@ def run(study: Study, workdir, *, size: str, seeds: Sequence[int], report: Calla
   """
   workdir, found = pathlib.Path(workdir), []
   for seed in seeds:
-    config = load_config(str(ROOT / study.config), f'size={size},seed={seed}')
-    found.append(run_cell(study, config, workdir, lambda stage, seed=seed: report(seed, stage)))
+    config = cells.open_config(f'{ROOT / study.config}:size={size}', seed)
+    found.append(cells.run_cell(
+        config, workdir, measure=lambda done, config: {'models': study.measure(done, config)},
+        report=lambda stage, seed=seed: report(seed, stage),
+    ))
     jax.clear_caches()  # programs of a cell would pile up; those that the next one needs are on the disk
     results = summary(study, size, found)  # seed by seed, so that a stopped study has said what it knows
     checkpoints.write_whole(workdir / 'results.json', json.dumps(results))
   figures.save(lambda figure: study.draw(found, figure), workdir / 'figure.png', width=9, height=3.6)
   return results
-
-
-def run_cell(study: Study, config, workdir, report) -> cells.Cell:
-  """Runs the stages of one seed and measures them, or reads it back."""
-  path = cells.path_of(config, workdir)
-  if not path.exists():
-    done = stages.run_stages(config, workdir, report=report)
-    cell = {'task': config.task, 'seed': config.seed, 'models': study.measure(done, config)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.write_whole(path, json.dumps(cell))
-  return json.loads(path.read_text())
 
 
 def summary(study: Study, size: str, found: Sequence[cells.Cell]) -> dict[str, Any]:
@@ -84,7 +75,7 @@ def markdown(results: Mapping[str, Any]) -> str:
   """The verdicts and the table of results.json."""
   (section,) = results.values()
   verdict_rows = [
-      [one['claim'], ', '.join(_interval(task) for task in one['evidence'].values()), f'**{one["verdict"]}**',
+      [one['claim'], ', '.join(tables.evidence(task, '') for task in one['evidence'].values()), f'**{one["verdict"]}**',
        tables.needed(one)]
       for one in section['verdicts']
   ]
@@ -95,13 +86,6 @@ def markdown(results: Mapping[str, Any]) -> str:
   ])
 
 
-def _interval(one: Mapping[str, Any]) -> str:
-  if one['mean'] is None:
-    return 'not reached'
-  said = tables.interval(one, digits=3)
-  return said if one['p'] is None else f'{said}, {tables.p_value(one["p"])}'
-
-
 def record(results: Mapping[str, Any], identifier: str, workdir, folder):
   """Puts results.json and figure.png of a workdir into `folder`, and the tables into the README beside it."""
   folder.mkdir(parents=True, exist_ok=True)
@@ -109,15 +93,6 @@ def record(results: Mapping[str, Any], identifier: str, workdir, folder):
     shutil.copyfile(pathlib.Path(workdir) / name, folder / name)
   readme = folder.parent / 'README.md'
   checkpoints.write_whole(readme, tables.put(readme.read_text(), identifier, markdown(results)))
-
-
-def graded(stage: stages.Stage, row: str = 'greedy') -> dict[str, Any]:
-  """{'accuracy', 'n', 'correct', 'tokens'} of a row of an evaluation; tokens are those of an answer."""
-  result = json.loads((stage.workdir / 'results.json').read_text())[row]
-  return {
-      'accuracy': result['accuracy'], 'n': result['n'], 'correct': cells.pack(result['correct']),
-      'tokens_per_answer': result['tokens_per_answer'],
-  }
 
 
 def sampled_tokens(workdir, rollouts: Mapping[str, Any]) -> dict[str, float]:

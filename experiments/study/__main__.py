@@ -52,7 +52,7 @@ def main(argv):
     raise app.UsageError(f'unexpected arguments {argv[1:]}')
   take_core(FLAGS.core)
   if FLAGS.hasty:
-    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0'.strip()
+    runtime.compile_hastily()
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')  # a hundred arms share their small programs
   absl_logging.set_verbosity(absl_logging.ERROR)  # of every logger: a line a stage is enough
   runtime.prepare()

@@ -27,33 +27,43 @@ def path_of(config, workdir) -> pathlib.Path:
   return pathlib.Path(workdir) / 'cells' / f'{config.task}-{config.seed}-{content_hash(run)[:12]}.json'
 
 
-def run_cell(config, workdir, *, report: Callable = lambda stage: None) -> Cell:
+def measure_arms(done, config) -> dict[str, Any]:
+  """What the finished stages of configs/studies/teaching.py say.
+
+  Returns:
+    {'seconds', 'models': {name: {'accuracy', 'n', 'correct'}}}, name one of teacher, base and the arms; base and the
+    arms have 'curve', 'entropy', 'divergence', 'cka', 'flops' and 'seconds' as well. The cell's seconds are of its
+    stages (and of those that it shares with other cells) and of measuring.
+  """
+  from experiments.study.measure import measured, training_cost
+
+  models = {name: graded(done[f'test_{name}']) for name in ('teacher', 'base', *config.arms)}
+  seconds = sum(stage.seconds for stage in done.values())
+  for name in ('base', *config.arms):
+    found = measured(done[name].workdir, done['teacher'].workdir, config.measure)
+    seconds += found.pop('measuring')
+    models[name] |= found | training_cost(done[name].workdir)
+  return {'seconds': seconds, 'models': models}
+
+
+def run_cell(
+    config, workdir, *, measure: Callable[..., dict[str, Any]] = measure_arms, report: Callable = lambda stage: None
+) -> Cell:
   """Runs a cell, or reads it back where it is finished.
 
   Args:
-    config: a line of stages with task, seed, arms, claims and measure, as configs/studies/teaching.py makes it.
+    config: a line of stages with task and seed.
     workdir: of the study; cells share the stages that they have in common.
+    measure: (stages by name, config) -> what the cell holds beside its task and seed.
     report: called with every finished stage.
-
-  Returns:
-    {'task', 'seed', 'seconds', 'models': {name: {'accuracy', 'n', 'correct'}}}, name one of teacher, base and the
-    arms; base and the arms have 'curve', 'entropy', 'divergence', 'cka', 'flops' and 'seconds' as well. The cell's
-    seconds are of its stages (and of those that it shares with other cells) and of measuring.
   """
-  from experiments.study.measure import measured, training_cost
   from srm_jax import checkpoints, stages
 
   path = path_of(config, workdir)
   if not path.exists():
     done = stages.run_stages(config, workdir, report=report)
-    models = {name: _tested(done[f'test_{name}'].workdir) for name in ('teacher', 'base', *config.arms)}
-    seconds = sum(stage.seconds for stage in done.values())
-    for name in ('base', *config.arms):
-      found = measured(done[name].workdir, done['teacher'].workdir, config.measure)
-      seconds += found.pop('measuring')
-      models[name] |= found | training_cost(done[name].workdir)
+    cell = {'task': config.task, 'seed': config.seed, **measure(done, config)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    cell = {'task': config.task, 'seed': config.seed, 'seconds': seconds, 'models': models}
     checkpoints.write_whole(path, json.dumps(cell))
   return read(config, workdir)
 
@@ -63,8 +73,10 @@ def read(config, workdir) -> Cell:
   return json.loads(path_of(config, workdir).read_text())
 
 
-def _tested(folder) -> dict[str, Any]:
-  (result,) = json.loads((pathlib.Path(folder) / 'results.json').read_text()).values()
+def graded(stage, row: str = '') -> dict[str, Any]:
+  """{'accuracy', 'n', 'correct'} of a row of an evaluation, by default of the only one."""
+  results = json.loads((stage.workdir / 'results.json').read_text())
+  (result,) = [results[row]] if row else results.values()
   return {'accuracy': result['accuracy'], 'n': result['n'], 'correct': pack(result['correct'])}
 
 

@@ -50,7 +50,7 @@ def curve(folder, data: DataConfig, new_tokens: int, decode_rows: int) -> dict[s
   config, tokenizer = checkpoints.model_config(folder), checkpoints.model_tokenizer(folder)
   prompting, problems = open_data(data, tokenizer), load_problems(data)
   greedy = SamplingParams(temperature=0.0, max_new_tokens=new_tokens, samples=1, seed=0)
-  saved, found = checkpoints.open_checkpoints(folder, keep=len(problems)), {}
+  saved, found = checkpoints.open_checkpoints(folder), {}
   try:
     for step in sorted(saved.manager.all_steps()):
       params = saved.restore_params(step, {'model': transformer.param_names(config)})['model']

@@ -25,7 +25,9 @@ def verdict_table(summary: Summary, claims: Sequence[Mapping[str, Any]]) -> str:
 
 
 def evidence(one: Mapping[str, Any], what: str) -> str:
-  """'+3.1 [1.2, 5.0], p < .001': points of accuracy; other quantities as they are, with the digits of their size."""
+  """'+3.1 [1.2, 5.0], p < .001': points of accuracy; other quantities as they are, to three digits. Or 'not reached'."""
+  if one['mean'] is None:
+    return 'not reached'
   scale, digits = (100, 1) if what in PERCENT else (1, 3)
   text = interval(one, scale=scale, digits=digits, sign='+')
   return text if one['p'] is None else f'{text}, {p_value(one["p"])}'

@@ -115,11 +115,3 @@ def problems_needed(p: float, n: int) -> int:
 
 def _half_width(seeds: int, deviation: float) -> float:
   return float(stats.t.ppf((1 + LEVEL) / 2, seeds - 1) * deviation / math.sqrt(seeds))
-
-
-def overall(verdicts: Sequence[Verdict]) -> str:
-  """One word for a study of several claims, or how many went which way."""
-  words = [one.verdict for one in verdicts]
-  if len(set(words)) == 1:
-    return words[0]
-  return ', '.join(f'{words.count(word)} {word}' for word in dict.fromkeys(words))

@@ -70,8 +70,8 @@ def test_what_came_out_stands_beside_what_was_expected(entry):
   made, write = entry
   write(verdict('X one'), verdict('Y, of another study'), verdict('X two', 'contradicted', -0.5))
   lines = reproduce.describe('X', made).splitlines()
-  assert lines[-2].endswith('a > 0  ->  supported: 0.5 [0.25, 0.75] over 2 seeds')
-  assert lines[-1].endswith('b > 0  ->  contradicted: -0.5 [0.25, 0.75] over 2 seeds')
+  assert lines[-2].endswith('a > 0  ->  supported: +0.500 [0.250, 0.750] over 2 seeds')
+  assert lines[-1].endswith('b > 0  ->  contradicted: -0.500 [0.250, 0.750] over 2 seeds')
 
 
 def test_results_that_do_not_fit_the_registry_are_no_silent_list(entry):
@@ -81,19 +81,27 @@ def test_results_that_do_not_fit_the_registry_are_no_silent_list(entry):
     reproduce.describe('X', made)
 
 
-def test_an_unknown_study_is_refused_and_a_smoke_run_is_not_recorded(tmp_path):
+@pytest.mark.parametrize('identifier', ['S2', 'S3'])
+@pytest.mark.parametrize('smoke, seeds', [(True, ''), (False, '901,'), (False, '3')])
+def test_only_a_whole_run_is_recorded(identifier, smoke, seeds, tmp_path, monkeypatch):
+  monkeypatch.setattr(subprocess, 'run', lambda *_, **__: pytest.fail('it was run'))
+  with pytest.raises(schema.ConfigError, match='full size on 5 seeds; fix: --record without --smoke and --seeds'):
+    reproduce.run(identifier, str(tmp_path), smoke=smoke, seeds_text=seeds, record=True)
+
+
+def test_an_unknown_study_is_refused(tmp_path):
   with pytest.raises(schema.ConfigError, match="study 'S9' unknown"):
     reproduce.run('S9', str(tmp_path), smoke=True, seeds_text='1', record=False)
-  with pytest.raises(schema.ConfigError, match='without --smoke'):
-    reproduce.run('S2', str(tmp_path), smoke=True, seeds_text='1', record=True)
 
 
-def test_a_study_with_a_script_is_run_by_it(tmp_path, monkeypatch):
+def test_a_study_with_a_script_is_run_by_it_and_recorded_only_when_asked_to(tmp_path, monkeypatch):
   calls = []
   monkeypatch.setattr(subprocess, 'run', lambda command, check: calls.append((command, check)))
-  reproduce.run('S3', str(tmp_path), smoke=True, seeds_text='1', record=False)
-  script = str(reproduce.ROOT / reproduce.ENTRIES['S3'].script)
-  assert calls == [(['bash', script, f'--workdir={tmp_path}', '--seeds=1', '--smoke'], True)]
+  reproduce.run('S3', str(tmp_path), smoke=True, seeds_text='', record=False)
+  reproduce.run('S3', str(tmp_path), smoke=False, seeds_text='', record=True)
+  start = ['bash', str(reproduce.ROOT / reproduce.ENTRIES['S3'].script), f'--workdir={tmp_path}']
+  assert calls[0] == ([*start, f'--out={tmp_path}/report', '--seeds=1,', '--smoke'], True)
+  assert calls[1] == ([*start, f'--out={reproduce.ABLATION}', '--seeds=1,2,3,4,5,'], True)
 
 
 @pytest.mark.slow

@@ -26,8 +26,16 @@ def test_virtual_devices_replace_an_earlier_count_and_keep_the_rest():
   assert sorted(os.environ['XLA_FLAGS'].split()) == sorted([*wanted, runtime.PATIENCE, runtime.ONE_ORDER])
 
 
-def test_flags_of_virtual_devices_are_known_to_xla():
-  assert runtime._try(f'{runtime.PATIENCE} {runtime.ONE_ORDER}')
+def test_flags_are_known_to_xla():
+  assert runtime._try(f'{runtime.PATIENCE} {runtime.ONE_ORDER} {runtime.HASTY}')
+
+
+def test_a_level_of_the_user_stays(monkeypatch):
+  runtime.compile_hastily()
+  assert os.environ['XLA_FLAGS'] == f'--xla_cpu_enable_fast_math=false {runtime.HASTY}'
+  monkeypatch.setenv('XLA_FLAGS', '--xla_backend_optimization_level=3')
+  runtime.compile_hastily()
+  assert os.environ['XLA_FLAGS'] == '--xla_backend_optimization_level=3'
 
 
 @pytest.mark.parametrize('accepted', [True, False])
