@@ -133,12 +133,13 @@ def relations(relation='minilm_v2', weight=1.0, *, layers='final', **options):
 
 
 def policy(
-    advantage='reverse_kl', weight=1.0, *, surrogate='importance_sampling', reward_weight=0.0, rows='all', **options
+    advantage='reverse_kl', weight=1.0, *, surrogate='importance_sampling', surrogate_options=None, reward_weight=0.0,
+    whiten=False, rows='all', **options,
 ):
   """The teacher's opinion of each sampled token as an advantage, beside the task's reward with its weight."""
   return term(
       'policy', weight, rows=rows, advantage=advantage, advantage_options=options, surrogate=surrogate,
-      surrogate_options={}, reward_weight=reward_weight,
+      surrogate_options=surrogate_options or {}, reward_weight=reward_weight, whiten=whiten,
   )
 
 

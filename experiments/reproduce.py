@@ -108,16 +108,16 @@ def recorded(entry: Entry) -> list[dict] | None:
 
 def outcome(verdict: dict) -> str:
   """'supported: +0.031 [0.012, 0.050] over 5 seeds', an interval a task; accuracies are fractions."""
-  seen = '; '.join(
-      f'{task if len(verdict["evidence"]) > 1 else ""} {tables.evidence(one, "")} over {len(one["by_seed"])} seeds'.strip()
-      for task, one in verdict['evidence'].items()
-  )
+  said = {
+      task: f'{tables.evidence(one, "")} over {len(one["by_seed"])} seeds' for task, one in verdict['evidence'].items()
+  }
+  seen = '; '.join(f'{task} {one}' for task, one in said.items()) if len(said) > 1 else ''.join(said.values())
   return f'{verdict["verdict"]}: {seen}'
 
 
 def describe(identifier: str, entry: Entry) -> str:
   """What --list prints of a study."""
-  run = f'bash {entry.script}' if entry.script else f'python -m experiments.reproduce --run={identifier} --workdir=runs/{identifier}'
+  run = f'python -m experiments.reproduce --run={identifier} --workdir=runs/{identifier}'
   lines = [f'{identifier:<9} {entry.title}', f'{"":<9} {entry.paper}', f'{"":<9} {entry.config}   {run}']
   if entry.published:
     lines.append(f'{"":<9} published models: {entry.published}')
@@ -140,7 +140,8 @@ def run(identifier: str, workdir: str, *, smoke: bool, seeds_text: str, record: 
   chosen = seeds(seeds_text or ('1' if smoke else entry.seeds))
   if record and (smoke or chosen != seeds(entry.seeds)):
     raise schema.ConfigError(
-        f'what is recorded of {identifier} is its full size on {entry.seeds} seeds; fix: --record without --smoke and --seeds'
+        f'what is recorded of {identifier} is its full size on {entry.seeds} seeds; fix: --record without --smoke and '
+        '--seeds'
     )
   if entry.script:
     out = pathlib.Path(entry.results).parent if record else f'{workdir}/report'

@@ -1,5 +1,6 @@
 """A teacher's next-token distributions of a data set, written once: students then learn them without the teacher."""
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -103,14 +104,29 @@ def write(config: CacheConfig, teacher: checkpoints.Model, workdir) -> Cached:
 def _open(config: CacheConfig, teacher: checkpoints.Model) -> tuple[list[packing.Example], Identity]:
   """The examples in the students' tokens, and what the cache is made with."""
   tokenizer = tokenizers.load(config.tokenizer) if config.tokenizer else teacher.tokenizer
-  require_same_vocabulary(f'teacher {config.teacher}', teacher.tokenizer, 'config.tokenizer', tokenizer)
+  require_same_vocabulary(
+      f'teacher {config.teacher}', teacher.tokenizer, 'config.tokenizer', tokenizer,
+      otherwise="a teacher of that tokenizer, or recipe 'cross_tokenizer', which takes no cache",
+  )
   examples = examples_of(config.data, tokenizer)
   ids = [example.id for example in examples]
   packing.require_fit([len(example.tokens) for example in examples], teacher.config.max_length, ids=ids)
   packing.require_supervised(examples, np.arange(len(examples)))
-  return examples, cached.identity(
+  return _distinct(examples), cached.identity(
       tokenizer, examples, teacher=teacher.fingerprint, k=config.k, temperature=config.temperature
   )
+
+
+def _distinct(examples: Sequence[packing.Example]) -> list[packing.Example]:
+  """One of every id and content. A mix may hold an example twice, and one problem in several forms: where forms share
+  an id, each gets its content's key behind it, as a cache finds its examples by content.
+  """
+  found = {(example.id, teacher_cache.content_key(example)): example for example in examples}
+  forms = collections.Counter(identifier for identifier, _ in found)
+  return [
+      example if forms[identifier] == 1 else example._replace(id=f'{identifier}@{key}')
+      for (identifier, key), example in found.items()
+  ]
 
 
 class _Asked(NamedTuple):

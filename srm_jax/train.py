@@ -1,5 +1,6 @@
 """One loop for every recipe: train(config, workdir) -> Run."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -94,7 +95,8 @@ def train(config: ml_collections.ConfigDict, workdir) -> Run:
   The same call continues where a killed run stopped, and gives the parameters of an uninterrupted one bit for bit.
 
   Raises:
-    ConfigError: the config does not fit itself, its data, its teacher or the workdir. Nothing has been compiled.
+    ConfigError: the config does not fit itself, its data, its teacher or the workdir, and nothing has been compiled; or
+      it does not fit the devices' memory.
     NonFiniteError: a loss or gradient is not finite. The last good state is saved as a checkpoint.
     KeyboardInterrupt: Ctrl-C or SIGTERM; the state is saved first.
   """
@@ -102,7 +104,7 @@ def train(config: ml_collections.ConfigDict, workdir) -> Run:
   parsed = schema.parse(TrainConfig, plain, 'config')
   workdir = pathlib.Path(workdir)
   mesh = sharding.make_mesh(parsed.mesh)
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh), _memory_said(parsed):
     setup = _setup(parsed, mesh)
     tracked = {key: value for key, value in plain.items() if key != 'progress'}
     checkpoints.claim(workdir, tracked)
@@ -113,6 +115,25 @@ def train(config: ml_collections.ConfigDict, workdir) -> Run:
     finally:
       saved.close()
   return Run(workdir, parsed, int(state.step), state.params, metrics.read(workdir))
+
+
+@contextlib.contextmanager
+def _memory_said(config: TrainConfig):
+  """Says of devices that are full what a run can do about it: above all a teacher may not fit beside its student."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    teacher = config.recipe.get('teacher')
+    beside, cached = '', ''
+    if teacher:
+      beside, cached = f', with teacher {teacher} beside it', ', a cached teacher (experiments.cache_teacher)'
+    raise schema.ConfigError(
+        f"the run does not fit the devices' memory{beside}; fix: more devices or another config.mesh, more "
+        f'config.microbatches, fewer or shorter rows, config.model.remat{cached}. What fits experiments.plan tells '
+        f'beforehand. XLA says: {str(error).splitlines()[0]}'
+    ) from error
 
 
 def _setup(config: TrainConfig, mesh) -> _Setup:

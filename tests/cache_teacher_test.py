@@ -241,8 +241,25 @@ def test_the_students_tokenizer_decides_the_tokens(tmp_path):
   section = schema.parse(context.DataConfig, tiny.data(count=21), 'data')
   data = {one.eos_id: teacher_cache.data_hash(context.examples_of(section, one)) for one in (theirs, ours)}
   assert identity.data == data[ours.eos_id] != data[theirs.eos_id]
-  with pytest.raises(schema.ConfigError, match='config.tokenizer byte of 258; logits can only be compared over one'):
+  with pytest.raises(schema.ConfigError, match='config.tokenizer byte of 258; logits .* one vocabulary; fix: .*cross_tokenizer'):
     cache_teacher(config(chat, tokenizer='byte'), tmp_path / 'other')
+
+
+@pytest.mark.parametrize('chunk', [4, 8])
+def test_a_mix_may_hold_an_example_twice_and_a_problem_in_two_forms(teacher, tmp_path, chunk):
+  data = tiny.data('sums', count=4)
+  asked = lambda preface: dict(data, prompt=base.prompt(preface=preface))
+  mix = base.mix(16, plain=(3, data), question=(2, asked('a ')), rationale=(1, asked('b ')))
+  done = cache_teacher(config(teacher, data=mix, chunk=chunk), tmp_path)
+  held = context.examples_of(schema.parse(context.DataConfig, mix, 'data'), tokenizers.load('byte'))
+  contents = {teacher_cache.content_key(example) for example in held}
+  assert len(held) == 16 > len(contents) > len({example.id for example in held})
+  assert done.summary['examples'] == len(contents)
+  cache = opened(done)
+  for example in held:
+    found = cache[cache.find(example)]
+    expected = dense(teacher, example)
+    np.testing.assert_allclose(found.logprobs, np.take_along_axis(expected, found.ids, axis=-1), atol=0.01)
 
 
 def test_several_processes_are_refused(teacher, tmp_path, monkeypatch):

@@ -51,6 +51,22 @@ def listed(workdir):
   return [path.name for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit()]
 
 
+def test_devices_that_are_full_say_what_to_do(tmp_path, monkeypatch):
+  def full(*_):
+    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.\nlong report')
+
+  monkeypatch.setattr('srm_jax.train._compiled_step', full)
+  with pytest.raises(ConfigError, match="does not fit the devices' memory; fix: .*XLA says: .* 7 bytes.$"):
+    train(SFT(), tmp_path / 'sft')
+  teacher = tiny.write_model(tmp_path / 'teacher', TransformerConfig(258, 1, 16, 2, 2, 8, 32, max_length=64))
+  distilled = tiny.train(base.distill(teacher, tiny.data(), tiny.batch(), base.distillation()))
+  with pytest.raises(ConfigError, match=f'memory, with teacher {teacher} beside it; fix: .*experiments.cache_teacher'):
+    train(distilled, tmp_path / 'distilled')
+  monkeypatch.setattr('srm_jax.train._compiled_step', lambda *_: 1 / 0)  # other errors stay what they are
+  with pytest.raises(ZeroDivisionError):
+    train(SFT(), tmp_path / 'other')
+
+
 @pytest.mark.parametrize('name, config, after', [('sft', SFT, 1), ('sft', SFT, 2), ('grpo', GRPO, 2)])
 def test_a_stopped_run_continues_bit_for_bit(finished, tmp_path, name, config, after):
   before = signal.getsignal(signal.SIGINT)  # ignored where the tests run in the background of a shell

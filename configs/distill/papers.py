@@ -36,9 +36,14 @@ PAPERS = {
         down=base.divergence('skew_reverse_kl', 0.5, rows='samples', alpha=0.1)), 'both'),
     # Agarwal et al., GKD, arXiv:2306.13649.
     'gkd': (lambda steps: dict(kl=base.divergence('jensen_shannon', beta=0.5)), 'alternate'),
-    # Gu et al., MiniLLM, arXiv:2306.08543. Left out: samples from a mixture of teacher and student.
+    # Gu et al., MiniLLM, arXiv:2306.08543, whitened and clipped as its code does. Left out: samples from a mixture of
+    # teacher and student, and r_t within the long part, where the code counts it a second time.
     'minillm': (lambda steps: dict(
-        long=base.policy('minillm', rows='samples'), short=base.divergence('reverse_kl', rows='samples'),
+        long=base.policy(
+            'minillm', rows='samples', whiten=True, surrogate='clipped',
+            surrogate_options=dict(clip_low=0.2, clip_high=0.2),
+        ),
+        short=base.divergence('reverse_kl', rows='samples'),
         cross_entropy=base.term('cross_entropy', 1.0, rows='data')), 'both'),
     # Lu et al., On-Policy Distillation, Thinking Machines 2025: sampled-token reverse KL as the advantage.
     'sampled_reverse_kl': (lambda steps: dict(policy=base.policy(rows='samples')), ''),

@@ -26,7 +26,8 @@ def read(done, config):
     section = resolve(config.stages[f'test_{name}'].config.data)
     problems = load_problems(parse(DataConfig, section, 'data'))
     texts = read_completions(done[f'test_{name}'].workdir, 'sampled')
-    found[name] = graded(done[f'test_{name}'], 'greedy') | shares(problems, [texts[problem.id]['text'] for problem in problems])
+    spoken = shares(problems, [texts[problem.id]['text'] for problem in problems])
+    found[name] = graded(done[f'test_{name}'], 'greedy') | spoken
   return found
 
 

@@ -3,8 +3,8 @@
 `ADVANTAGES` are fn(rewards [P, G], *, valid=None, ...) -> [P, G], over the G completions of each of P prompts. A
 completion that cannot be scored (valid 0; its reward may be NaN) is left out of the baseline and has advantage 0. A
 group without two different valid rewards, so also one with a single valid member, has advantages of exactly 0;
-`informative_groups` tells them apart. `gae` works on tokens and a value function. All is float32, and no gradient
-flows into rewards or values.
+`informative_groups` tells them apart. `gae` works on tokens and a value function, `whiten` on the tokens of a batch.
+All is float32, and no gradient flows into rewards or values.
 """
 
 import chex
@@ -138,6 +138,33 @@ def gae(rewards, values, mask, *, discount=1.0, trace_decay=0.95):
   zeros = jnp.zeros_like(rewards[:, 0])
   _, advantages = jax.lax.scan(step, (zeros, zeros), (rewards.T, values.T, keep.T), reverse=True)
   return advantages.T, advantages.T + values
+
+
+def whiten(values, mask, *, eps=1e-8):
+  """Values over unmasked tokens with mean 0 and variance 1, 0 elsewhere.
+
+  (A_t - mean) / sqrt(var + eps),  var = sum (A_t - mean)^2 / n
+
+  Args:
+    values: [B, T], advantages as a rule; outside the mask they are not seen.
+    mask: [B, T], 1 on the n tokens that count.
+    eps: added to the variance.
+
+  Returns:
+    [B, T], float32, without gradient.
+
+  Raises:
+    AssertionError: if the shapes are not equal [B, T].
+
+  Reference: Huang et al., The N+ Implementation Details of RLHF with PPO, arXiv 2403.17031, detail 18.
+  """
+  chex.assert_rank([values, mask], 2)
+  chex.assert_equal_shape([values, mask])
+  keep = mask > 0
+  count = jnp.maximum(jnp.sum(keep), 1)
+  values = jnp.where(keep, jax.lax.stop_gradient(values).astype(jnp.float32), 0.0)
+  centred = jnp.where(keep, values - jnp.sum(values) / count, 0.0)
+  return centred * jax.lax.rsqrt(jnp.sum(jnp.square(centred)) / count + eps)
 
 
 def _scored(rewards, valid):

@@ -312,9 +312,8 @@ def _log_probs(student_logits, teacher_logits, temperature, axis_name):
   chex.assert_equal_shape([student_logits, teacher_logits])
   divergences.assert_positive_temperature(temperature)
   teacher_logits = jax.lax.stop_gradient(teacher_logits)
-  # Divided in float32: a bfloat16 quotient would move the distributions.
   return tuple(
-      vocabulary.log_softmax(logits.astype(jnp.float32) / temperature, axis_name=axis_name)
+      vocabulary.log_softmax(divergences.finite(logits, temperature), axis_name=axis_name)
       for logits in (student_logits, teacher_logits)
   )
 

@@ -1,7 +1,8 @@
 """Divergences between two distributions given by their log-probabilities: what `distillation` and `top_k` share.
 
-Log-probabilities are float32 [..., V], finite, and normalised over V; a probability of 0 is a log-probability of -1e30
-or so, never -inf, whose differences are NaN. V may be split over the mesh axis `axis_name`.
+Log-probabilities are float32 [..., V], finite, and normalised over V; a probability of 0 is a log-probability of about
+ABSENT (`finite` sees to that), never -inf, whose differences are NaN. So 0 log 0 is 0, and a divergence that is
+infinite is some 1e30 times the probability in question. V may be split over the mesh axis `axis_name`.
 
 Weights and temperatures may be numbers or traced scalars, so that a schedule can change them from step to step. A
 number is checked, and takes the formula of its end point; what is traced cannot be looked at: it is clipped, and takes
@@ -13,8 +14,18 @@ import jax.numpy as jnp
 
 from srm_jax.losses import vocabulary
 
+# Stands for log 0: its differences are finite, so what it multiplies with probability 0 is 0.
+ABSENT = -1e30
 # exp of a float32 overflows at 88.
 _MAX_LOG_RATIO = 80.0
+
+
+def finite(logits, temperature):
+  """Logits at a temperature, float32, no lower than ABSENT: -inf is how a token is ruled out. [...] -> [...].
+
+  Divided in float32: a bfloat16 quotient would move the distributions.
+  """
+  return jnp.maximum(logits.astype(jnp.float32) / temperature, ABSENT)
 
 
 def kl(log_a, log_b, *, axis_name=None):

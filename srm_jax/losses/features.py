@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 # Floor under squared norms: a padded position is often all zeros, and its cosine must have a finite gradient.
 _SMALLEST_SQUARED_NORM = 1e-12
+# Of states whose largest entry is 1: what differs by less than this is equal.
+_ROUNDING = 1e-6
 
 
 def fitnets(student_hidden, teacher_hidden, *, projector=None):
@@ -135,14 +137,17 @@ def _normalized(vectors):
 def _centred(hidden, mask):
   """Hidden states minus their mean over unmasked tokens, 0 on masked ones: [B, T, D] -> float32 [B * T, D].
 
-  They are first scaled to unit size: alignment does not see a constant factor, the floats of its fourth powers do.
+  They are scaled to unit size, before and after: alignment does not see a constant factor, the floats of its fourth
+  powers do, and a large common mean leaves little of it. What is left of equal states is rounding, and stays small.
   """
   keep = mask.reshape(-1, 1) > 0
   hidden = jnp.where(keep, hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32), 0.0)
   largest = jnp.max(jnp.abs(jax.lax.stop_gradient(hidden)))
   hidden = hidden / jnp.where(largest > 0, largest, 1.0)
   mean = jnp.sum(hidden, axis=0, keepdims=True) / jnp.maximum(jnp.sum(keep), 1)
-  return jnp.where(keep, hidden - mean, 0.0)
+  centred = jnp.where(keep, hidden - mean, 0.0)
+  spread = jnp.max(jnp.abs(jax.lax.stop_gradient(centred)))
+  return centred / jnp.where(spread > _ROUNDING, spread, 1.0)
 
 
 def _gram(a, b):

@@ -55,7 +55,8 @@ def minillm(teacher_logprobs, student_logprobs, mask, *, discount=1.0, offset=1)
 
   The division keeps the first tokens of long completions from outweighing all others. r_t itself is left to the
   single-step term, which sums it over the vocabulary: add `distillation.reverse_kl` to the surrogate's loss. With
-  offset 0 r_t is here as well, as in the released code, which thereby counts it twice.
+  offset 0 r_t is here as well, as in the released code, which thereby counts it twice; that code whitens the result
+  over the batch (`policy_terms`: whiten) and clips the ratio (surrogate `clipped`).
 
   Where the teacher took part in sampling, give `mixture` to the surrogate as sampler_logprobs, and the student's
   own log-probabilities here: the ratio is then the paper's importance weight q / (a p + (1 - a) q_old).

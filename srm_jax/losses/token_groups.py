@@ -12,6 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from srm_jax.losses import divergences
 from srm_jax.losses.kl_penalty import k2, k3
 
 _SMALLEST_GAP = 1e-6  # between a log-probability and 0: a chunk that is certain must have a finite gradient
@@ -99,10 +100,10 @@ def binary_kl(student_logprobs, teacher_logprobs, *, temperature=1.0):
   arXiv 2503.20083.
   """
   chex.assert_equal_shape([student_logprobs, teacher_logprobs])
-  if temperature <= 0:
+  if not temperature > 0:
     raise ValueError(f'temperature {temperature} of binary_kl must be positive; 1 leaves the probabilities as they are')
   log_q, log_p = (
-      jnp.minimum(logprobs.astype(jnp.float32), 0.0) / temperature - _SMALLEST_GAP
+      divergences.finite(jnp.minimum(logprobs, 0.0), temperature) - _SMALLEST_GAP
       for logprobs in (student_logprobs, jax.lax.stop_gradient(teacher_logprobs))
   )
   return jnp.exp(log_p) * (log_p - log_q) - jnp.expm1(log_p) * (_log1mexp(log_p) - _log1mexp(log_q))

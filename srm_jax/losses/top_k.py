@@ -5,7 +5,8 @@ log-probabilities a token. p is the teacher, q the student, M the mass of p outs
 of M:
 
   renormalise  both are conditioned on the k tokens. What the student puts elsewhere costs nothing.
-  zero         the teacher is conditioned on its k tokens, the student is not: what it puts elsewhere is wrong.
+  zero         the teacher is conditioned on its k tokens, the student is not: what it puts elsewhere is wrong. What
+               asks for KL(q || p) is infinite, and refused; where k = V and ids are passed over, it is some 1e30.
   tail         the tokens elsewhere become one more token, of mass M for the teacher. Never above the full divergence,
                since merging outcomes only loses information, and 0 where the student equals the teacher.
 
@@ -30,8 +31,6 @@ import jax.numpy as jnp
 
 from srm_jax.losses import divergences, vocabulary
 
-# Stands for log 0: its differences are finite, so what it multiplies with probability 0 is 0.
-_ABSENT = -1e30
 # Least mass of the teacher's tail: 1 - sum p is exact to 6e-8, and a tail of 0 would make KL(q || p) infinite.
 _SMALLEST_TAIL = 1e-8
 
@@ -68,7 +67,7 @@ def truncate(teacher_logits, *, k, temperature=1.0):
   if not 1 <= k <= size:
     raise ValueError(f'k {k} of truncate is not between 1 and the {size} tokens of the vocabulary')
   divergences.assert_positive_temperature(temperature)
-  logits = jax.lax.stop_gradient(teacher_logits).astype(jnp.float32) / temperature
+  logits = divergences.finite(jax.lax.stop_gradient(teacher_logits), temperature)
   values, ids = jax.lax.top_k(logits, k)
   elsewhere, total, largest = _masses(logits, ids, None)
   return TopK(ids, _normalized(values, total, largest), elsewhere / total)
@@ -266,23 +265,25 @@ def _log_probs(student_logits, teacher, policy, temperature, teacher_temperature
     )
   logprobs = jax.lax.stop_gradient(teacher.logprobs).astype(jnp.float32)
   teacher = TopK(teacher.ids.astype(jnp.int32), logprobs, teacher.tail)
-  logits = student_logits.astype(jnp.float32) / temperature
+  logits = divergences.finite(student_logits, temperature)
   return POLICIES[policy](logits, teacher, teacher_temperature / temperature, axis_name)
 
 
 def _renormalise(logits, teacher, power, axis_name):
   values, listed = _look_up(logits, teacher.ids, axis_name)
-  listed &= teacher.logprobs > _ABSENT
+  listed &= teacher.logprobs > divergences.ABSENT
   return (
-      jax.nn.log_softmax(jnp.where(listed, values, _ABSENT)),
-      jax.nn.log_softmax(jnp.where(listed, power * teacher.logprobs, _ABSENT)),
+      jax.nn.log_softmax(jnp.where(listed, values, divergences.ABSENT)),
+      jax.nn.log_softmax(jnp.where(listed, power * teacher.logprobs, divergences.ABSENT)),
   )
 
 
 def _zero(logits, teacher, power, axis_name):
   log_q, listed, _ = _student(logits, teacher, axis_name)
-  log_p = jax.nn.log_softmax(jnp.where(listed, power * teacher.logprobs, _ABSENT))
-  return log_q, _append(log_p, jnp.full(log_p.shape[:-1], _ABSENT))
+  log_p = jax.nn.log_softmax(jnp.where(listed, power * teacher.logprobs, divergences.ABSENT))
+  log_p = _append(log_p, jnp.full(log_p.shape[:-1], divergences.ABSENT))
+  # Of a teacher that lists nothing nothing is known: the student is right.
+  return log_q, jnp.where(jnp.any(listed, axis=-1, keepdims=True), log_p, jax.lax.stop_gradient(log_q))
 
 
 def _tail(logits, teacher, power, axis_name):
@@ -290,8 +291,8 @@ def _tail(logits, teacher, power, axis_name):
   p = jnp.exp(teacher.logprobs)
   mass = jnp.maximum(1 - jnp.sum(p, axis=-1), 0.0) if teacher.tail is None else teacher.tail
   mass = jax.lax.stop_gradient(mass).astype(jnp.float32) + jnp.sum(jnp.where(listed, 0.0, p), axis=-1)
-  tail = jnp.where(is_whole, _ABSENT, jnp.log(jnp.maximum(mass, _SMALLEST_TAIL)))
-  log_p = _append(jnp.where(listed, power * teacher.logprobs, _ABSENT), tail)
+  tail = jnp.where(is_whole, divergences.ABSENT, jnp.log(jnp.maximum(mass, _SMALLEST_TAIL)))
+  log_p = _append(jnp.where(listed, power * teacher.logprobs, divergences.ABSENT), tail)
   # What was rounded when it was cached sums to 1 again.
   return log_q, jax.nn.log_softmax(log_p)
 
@@ -299,12 +300,12 @@ def _tail(logits, teacher, power, axis_name):
 def _student(logits, teacher, axis_name):
   """Log-probabilities of the k tokens and of all others together [..., k + 1], which are listed, and if all are."""
   values, listed = _look_up(logits, teacher.ids, axis_name)
-  listed &= teacher.logprobs > _ABSENT
+  listed &= teacher.logprobs > divergences.ABSENT
   elsewhere, total, largest = _masses(logits, jnp.where(listed, teacher.ids, -1), axis_name)
   is_whole = jnp.sum(listed, axis=-1) == _vocabulary_size(logits, axis_name)
   # Summed over the others: 1 minus the sum over the k would be rounding where the student is sure.
   tail = jnp.log(jnp.maximum(elsewhere, jnp.finfo(jnp.float32).tiny)) - jnp.log(total)
-  log_q = jnp.where(listed, _normalized(values, total, largest), _ABSENT)
+  log_q = jnp.where(listed, _normalized(values, total, largest), divergences.ABSENT)
   return _append(log_q, tail), listed, is_whole
 
 

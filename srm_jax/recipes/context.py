@@ -260,8 +260,9 @@ def _scheduled_shares(parts: Mapping[str, PartConfig]) -> mixing.Shares:
 
 
 def load_teacher(folder: str, context: Context, *, otherwise: str = '') -> checkpoints.Model:
-  """A frozen model in the student's compute dtype that shares the student's vocabulary (the rows with which either
-  pads it do not count). otherwise: what to do where it does not.
+  """A frozen model in the student's compute dtype that shares the student's vocabulary. otherwise: what to do where it
+  does not. Of the rows with which either pads its embedding, those that the other has not do not count; rows that both
+  have are tokens like others.
 
   Raises:
     ConfigError: its tokenizer is another one.

@@ -70,12 +70,14 @@ def objective(
     rows: how many ids the two tokenizers have; what lies beyond is padding.
     shared: (student_ids, teacher_ids) of equal bytes, `data.alignment.shared_ids`.
   """
-  chunk = schema.bind('chunk_loss', loss.chunk_loss, loss.chunk_options, token_groups.CHUNK_LOSSES)
+  chunk = _chunk_loss(loss)
   divergence = schema.choose('divergence', loss.divergence, DIVERGENCES)
   compare = functools.partial(
       cross_tokenizer.hybrid, student_ids=shared[0], teacher_ids=shared[1], divergence=divergence,
       temperature=loss.temperature,
   )
+  if not loss.temperature > 0:
+    raise schema.ConfigError(f'loss.temperature={loss.temperature:g} must be positive')
   weights = {name: getattr(loss, name) for name in ('cross_entropy', 'chunk', 'shared', 'uld')}
   if not any(weights.values()):
     raise schema.ConfigError(f'loss: the weights {weights} are all 0; nothing would be learnt')
@@ -104,6 +106,16 @@ def objective(
     return {name: count for name, count in _counts(batch).items() if weights[name]}
 
   return Objective(terms, denominators, _resolved(loss, weights))
+
+
+def _chunk_loss(loss: CrossLossConfig):
+  """Traced on one number, so that an impossible option is found when a config is opened."""
+  chunk = schema.bind('chunk_loss', loss.chunk_loss, loss.chunk_options, token_groups.CHUNK_LOSSES)
+  try:
+    jax.eval_shape(chunk, *2 * [jax.ShapeDtypeStruct((1, 1), jnp.float32)])
+  except (TypeError, ValueError) as error:
+    raise schema.ConfigError(f'loss.chunk_options: {error}') from error
+  return chunk
 
 
 def _counts(batch: alignment.AlignedBatch):
@@ -182,8 +194,6 @@ def _source(config: CrossTokenizerConfig, context: Context, tokenizer) -> tuple[
 def build(section, context: Context) -> Recipe:
   """Opens config.recipe for distillation across tokenizers."""
   config = schema.parse(CrossTokenizerConfig, section, 'config.recipe')
-  if config.loss.temperature <= 0:
-    raise schema.ConfigError(f'config.recipe.loss.temperature={config.loss.temperature:g} must be positive')
   teacher = checkpoints.load_model(config.teacher, dtype=context.model.dtype)
   source, coverage = _source(config, context, teacher.tokenizer)
   rows = (context.tokenizer.vocab_size, teacher.tokenizer.vocab_size)

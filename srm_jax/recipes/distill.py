@@ -150,7 +150,7 @@ def objective(
   terms = open_terms(loss, student, teacher, sources=sources)
   token_terms, policy_terms, layer_terms = (_of(terms, kind) for kind in (TokenTerm, PolicyTerm, LayerTerm))
   taps = tuple(sorted({tap for one in layer_terms.values() for tap in one.term.taps}))
-  coupled = [name for name, one in layer_terms.items() if one.term.coupled]
+  coupled = [name for name, one in (policy_terms | layer_terms).items() if one.term.coupled]
 
   def prepare(record, step):
     return _prepare(terms, record, step, sources)

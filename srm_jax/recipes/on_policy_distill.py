@@ -121,7 +121,8 @@ def _check_rows(config: OnPolicyDistillConfig, terms):
 def build(section, context: Context) -> Recipe:
   """Opens config.recipe for on-policy distillation."""
   config = schema.parse(OnPolicyDistillConfig, section, 'config.recipe')
-  teacher = load_teacher(config.teacher, context)
+  otherwise = "a teacher of the student's tokenizer, or recipe 'cross_tokenizer', which reads a data set"
+  teacher = load_teacher(config.teacher, context, otherwise=otherwise)
   terms = distill.open_terms(config.loss, context.model, teacher.config)
   _check_rows(config, terms)
   cached.check(terms, None, context.model.vocab_size)  # what the student samples is in no cache

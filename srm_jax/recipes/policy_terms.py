@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from srm_jax import schema
+from srm_jax.losses.advantages import whiten
 from srm_jax.losses.on_policy_distillation import TEACHER_ADVANTAGES
 from srm_jax.losses.policy_gradient import SURROGATES
 from srm_jax.types import Rollouts
@@ -24,7 +25,8 @@ from srm_jax.types import Rollouts
 class PolicyConfig:
   """advantage, surrogate: from TEACHER_ADVANTAGES and SURROGATES, with their options.
 
-  reward_weight: what the advantages of the task's own rewards count beside the teacher's.
+  reward_weight: what the advantages of the task's own rewards count beside the teacher's. whiten: the teacher's
+  advantages get mean 0 and deviation 1 over the term's tokens of the whole batch.
   """
 
   advantage: str
@@ -32,15 +34,17 @@ class PolicyConfig:
   surrogate: str
   surrogate_options: Mapping[str, Any]
   reward_weight: float
+  whiten: bool
 
 
 class PolicyTerm(NamedTuple):
   """fn(student log-probabilities [B, T], teacher's [B, T], rollouts, mask [B, T]) -> [B, T]; rewarded: it reads
-  rollouts.advantages.
+  rollouts.advantages; coupled: it sees the whole batch at once.
   """
 
   fn: Callable[..., Any]
   rewarded: bool
+  coupled: bool
   spoken: str
 
 
@@ -54,12 +58,15 @@ def _policy(options, where) -> PolicyTerm:
 
   def fn(student_logprobs, teacher_logprobs, rollouts: Rollouts, mask):
     advantages = advantage(teacher_logprobs, rollouts.sampler_logprobs, mask)
+    if config.whiten:
+      advantages = whiten(advantages, mask)
     if config.reward_weight:
       advantages = advantages + config.reward_weight * jnp.where(mask > 0, rollouts.advantages, 0.0)
     return surrogate(student_logprobs, rollouts.sampler_logprobs, advantages, mask)
 
   rewards = f' + {config.reward_weight:g} rewards' if config.reward_weight else ''
-  return PolicyTerm(fn, bool(config.reward_weight), f'{config.surrogate}({config.advantage}{rewards})')
+  said = f'{"whitened " * config.whiten}{config.advantage}{rewards}'
+  return PolicyTerm(fn, bool(config.reward_weight), config.whiten, f'{config.surrogate}({said})')
 
 
 def _try(advantage, surrogate, where):

@@ -125,3 +125,16 @@ def test_gae_is_constant_and_checks_shapes():
     advantages.gae(GAE_REWARDS, GAE_VALUES[:, :3], jnp.ones((1, 4)))
   with pytest.raises(AssertionError):
     advantages.gae(GAE_REWARDS[0], GAE_VALUES[0], jnp.ones(4))
+
+
+def test_whiten_by_hand():
+  values = jnp.array([[1.0, jnp.nan, 3.0], [5.0, 7.0, jnp.inf]])
+  mask = jnp.array([[1, 0, 1], [1, 1, 0]])
+  expected = np.array([[-3, 0, -1], [1, 3, 0]]) / np.sqrt(5)
+  np.testing.assert_allclose(advantages.whiten(values, mask), expected, atol=1e-6)
+  assert not np.any(advantages.whiten(values, jnp.zeros_like(mask)))  # nothing counts
+  assert not np.any(advantages.whiten(jnp.full((1, 3), 4.0), jnp.ones((1, 3))))  # nothing varies
+  slope = jax.grad(lambda x: jnp.sum(advantages.whiten(x, mask)))(jnp.ones((2, 3)))
+  assert not np.any(slope)
+  with pytest.raises(AssertionError):
+    advantages.whiten(values, mask[:1])

@@ -125,6 +125,34 @@ def test_certain_and_contradicting_distributions_stay_finite(name):
   assert np.isfinite(value) and np.all(np.isfinite(gradient))
 
 
+RULED_OUT = jnp.array([0.0, 0.0, 0.0, -jnp.inf])
+
+
+@pytest.mark.parametrize('lowest', [-np.inf, np.finfo(np.float32).min])
+@pytest.mark.parametrize('ruled_out', ['student', 'teacher', 'both'])
+@pytest.mark.parametrize('name', DIVERGENCES)
+def test_a_token_that_is_ruled_out_makes_no_nan(name, ruled_out, lowest):
+  student, teacher = (
+      logits if ruled_out == other else logits.at[3].set(lowest)
+      for logits, other in ((STUDENT, 'teacher'), (TEACHER, 'student'))
+  )
+  options = [{OPTIONS[name]: value} for value in (0, 1e-3, 0.5, 1)] if name in OPTIONS else [{}]
+  for option in options:
+    value, slope = jax.value_and_grad(functools.partial(DIVERGENCES[name], **option))(student, teacher)
+    assert np.isfinite(value) and np.all(np.isfinite(slope)), option
+    if ruled_out == 'both':  # as if the token were not there
+      whole = DIVERGENCES[name](STUDENT[:3], TEACHER[:3], **option)
+      np.testing.assert_allclose(value, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_infinite_is_huge_and_what_is_not_is_exact():
+  forward = distillation.forward_kl(STUDENT, TEACHER + RULED_OUT)  # 0 log 0 = 0
+  p = np.exp(TEACHER[:3]) / np.exp(TEACHER[:3]).sum()
+  np.testing.assert_allclose(forward, np.sum(p * (np.log(p) - jax.nn.log_softmax(STUDENT)[:3])), rtol=1e-6)
+  assert distillation.reverse_kl(STUDENT, TEACHER + RULED_OUT) > 1e28
+  assert distillation.forward_kl(STUDENT + RULED_OUT, TEACHER) > 1e28
+
+
 def test_jensen_shannon_approaches_scaled_kls_and_is_symmetric():
   small = 1e-3
   jensen_shannon = distillation.jensen_shannon

@@ -120,6 +120,17 @@ def test_linear_cka_is_invariant_to_rotation_scale_and_shift():
   assert linear_cka(x, y, mask) > 0.1
 
 
+@pytest.mark.parametrize('offset', [0.0, 10.0, 1e3, 1e4])
+def test_linear_cka_sees_through_a_large_mean(offset):
+  rng = np.random.default_rng(0)
+  x, y = rng.normal(size=(2, 1, 8, 4)).astype(np.float32)
+  expected = features.linear_cka(x, y, jnp.ones((1, 8)))
+  along_all = features.linear_cka(x + np.float32(offset), y, jnp.ones((1, 8)))
+  one_dimension = np.concatenate([x, np.full((1, 8, 1), offset, np.float32)], axis=-1)
+  for found in (along_all, features.linear_cka(one_dimension, y, jnp.ones((1, 8)))):
+    np.testing.assert_allclose(found, expected, atol=2e-3)  # of 1e4 a float32 keeps three digits behind the point
+
+
 def test_linear_cka_gradient_matches_finite_differences_and_spares_the_teacher():
   x, y, mask = random_hidden(3), random_hidden(5, seed=1), jnp.ones((2, 8))
   student, teacher = jax.grad(linear_cka, argnums=(0, 1))(x, y, mask)

@@ -77,6 +77,15 @@ def test_binary_kl_of_improbable_chunks():
   np.testing.assert_allclose(token_groups.binary_kl(jnp.log(q), jnp.log(p)), coin(p, q), rtol=1e-3)
 
 
+@pytest.mark.parametrize('temperature', [1e-3, 1.0, 100.0])
+def test_binary_kl_of_impossible_chunks(temperature):
+  loss = lambda q, p: jnp.sum(token_groups.binary_kl(q, p, temperature=temperature))
+  for q, p in ((-1.0, -jnp.inf), (-jnp.inf, -1.0), (-jnp.inf, -jnp.inf)):
+    value, slope = jax.value_and_grad(loss)(jnp.full((1, 1), q), jnp.full((1, 1), p))
+    assert np.isfinite(value) and np.all(np.isfinite(slope))
+  np.testing.assert_allclose(token_groups.binary_kl(*jnp.array([[[-1.0]], [[-jnp.inf]]])), -np.log1p(-np.exp(-1)), rtol=1e-5)
+
+
 def test_binary_kl_bounds_the_kl_over_all_chunks():
   p, q = (jax.nn.softmax(normal(6, seed=seed)) for seed in (0, 1))
   whole = float(jnp.sum(p * jnp.log(p / q)))

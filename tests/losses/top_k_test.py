@@ -299,3 +299,31 @@ def test_options_outside_the_unit_interval_raise(name, option):
   student, teacher = random_logits()
   with pytest.raises(ValueError, match=f'{option} 1.5 of {name}'):
     TOP_K[name](student, top_k.truncate(teacher, k=3), **{option: 1.5})
+
+
+@each_pair
+def test_a_token_that_the_student_rules_out_makes_no_nan(name, policy):
+  student, teacher = random_logits((8,))
+  for token in np.argsort(-teacher)[jnp.array([0, 7])]:  # one that the teacher lists, and one that it does not
+    loss = lambda logits: TOP_K[name](logits, top_k.truncate(teacher, k=3), policy=policy)
+    value, slope = jax.value_and_grad(loss)(student.at[token].set(-jnp.inf))
+    assert np.isfinite(value) and np.all(np.isfinite(slope))
+
+
+@each_pair
+def test_a_row_that_lists_nothing_costs_nothing(name, policy):
+  student, _ = random_logits((8,))
+  nothing = TopK(jnp.full((3,), -1), jnp.full((3,), -jnp.inf), jnp.ones(()))
+  value, slope = jax.value_and_grad(lambda logits: TOP_K[name](logits, nothing, policy=policy))(student)
+  np.testing.assert_allclose(value, 0, atol=1e-6)
+  np.testing.assert_allclose(slope, 0, atol=1e-6)
+
+
+def test_a_teacher_that_rules_tokens_out_is_truncated_exactly():
+  student, teacher = random_logits((8,))
+  teacher = teacher.at[2].set(-jnp.inf)
+  for policy in ('tail', 'renormalise'):
+    found = top_k.forward_kl(student, top_k.truncate(teacher, k=8), policy=policy)
+    if policy == 'tail':
+      np.testing.assert_allclose(found, DIVERGENCES['forward_kl'](student, teacher), rtol=1e-5)
+    assert np.isfinite(found)

@@ -39,10 +39,7 @@ def now(value):
 
 
 def policy(weight, advantage, reward_weight, **options):
-  return base.term(
-      'policy', weight, rows='samples', advantage=advantage, advantage_options=options,
-      surrogate='importance_sampling', surrogate_options={}, reward_weight=reward_weight,
-  )
+  return base.policy(advantage, weight, rows='samples', reward_weight=reward_weight, **options)
 
 
 def _terms():

@@ -134,11 +134,7 @@ def mixing(mix='both', fraction=0.5, **options):
 
 
 def policy(rows='samples', **options):
-  given = dict(
-      advantage='reverse_kl', advantage_options={}, surrogate='importance_sampling', surrogate_options={},
-      reward_weight=0.0,
-  )
-  return base.term('policy', rows=rows, **{**given, **options})
+  return base.policy(rows=rows, **options)
 
 
 def build(folder, *, mixing=None, context=CONTEXT, rollouts=None, **terms):

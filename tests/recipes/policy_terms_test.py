@@ -19,12 +19,8 @@ OPTIONS = {  # of which no advantage has its default here
 CASES = [(name, options) for name in TEACHER_ADVANTAGES for options in OPTIONS[name]]
 
 
-def policy(advantage='reverse_kl', advantage_options=None, surrogate='importance_sampling', surrogate_options=None,
-           reward_weight=0.0):
-  return dict(
-      advantage=advantage, advantage_options=advantage_options or {}, surrogate=surrogate,
-      surrogate_options=surrogate_options or {}, reward_weight=reward_weight,
-  )
+def policy(advantage='reverse_kl', advantage_options=None, **options):
+  return base.policy(advantage, **options)['options'] | dict(advantage_options=advantage_options or {})
 
 
 def build(options):
@@ -89,6 +85,23 @@ def test_rewards_count_on_the_rows_of_the_term_alone(setting):
   np.testing.assert_allclose(term.fn(student, teacher, dirty, half), np.where(half > 0, whole, 0.0), rtol=1e-6)
 
 
+def test_whitened_advantages_have_mean_0_and_deviation_1_over_the_terms_rows(setting):
+  student, teacher, rollouts, mask = setting
+  rows = np.arange(len(mask)) % 2 == 0
+  mask = mask * rows[:, None]
+  plain, whitened = (build(policy('minillm', whiten=white)) for white in (False, True))
+  assert whitened.coupled and not plain.coupled and whitened.spoken == 'importance_sampling(whitened minillm)'
+  on_policy = lambda term: np.asarray(-term.fn(rollouts.sampler_logprobs, teacher, rollouts, mask))  # a ratio of 1
+  values, before = on_policy(whitened)[mask > 0], on_policy(plain)[mask > 0]
+  np.testing.assert_allclose([values.mean(), values.std()], [0, 1], atol=1e-6)
+  np.testing.assert_allclose(values, (before - before.mean()) / before.std(), rtol=1e-4, atol=1e-6)
+  assert not on_policy(whitened)[mask == 0].any()
+  rewarded = build(policy('minillm', whiten=True, reward_weight=0.5))  # rewards are whitened where they are made
+  np.testing.assert_allclose(
+      on_policy(rewarded), on_policy(whitened) + 0.5 * np.where(mask > 0, rollouts.advantages, 0), atol=1e-6
+  )
+
+
 def test_without_a_reward_weight_there_need_be_no_rewards(setting):
   student, teacher, rollouts, mask = setting
   term = build(policy())
@@ -127,4 +140,4 @@ def test_impossible_options_are_refused(options, message):
 
 def test_there_is_a_test_of_every_kind():
   assert POLICY_TERMS.keys() == {'policy'} and OPTIONS.keys() == TEACHER_ADVANTAGES.keys()
-  assert base.term('policy', **policy())['options'] == policy()
+  assert base.policy()['options'] == policy() and base.policy()['kind'] == 'policy'
