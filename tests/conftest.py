@@ -1,7 +1,7 @@
 """Runs before any test is imported: eight virtual CPU devices, no silent broadcasting, one place for compiled programs.
 
-Most of the suite's time is the compiler's. It does not optimise here; XLA_FLAGS=--xla_backend_optimization_level=3 has it
-do as in a run.
+Most of the suite's time is the compiler's. It does not optimise here; XLA_FLAGS=--xla_backend_optimization_level=3 has
+it do as in a run.
 
 All of it stands in environment variables, so that processes which tests start inherit it.
 """

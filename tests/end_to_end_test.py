@@ -1,6 +1,7 @@
 """Every config opens; the whole line runs; a killed process continues to the same bits."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -110,7 +111,8 @@ def test_the_quickstart_starts_from_published_models(published, tmp_path):
       sys.executable, '-m', 'experiments.quickstart', '--smoke', '--seed=5', f'--workdir={tmp_path / "line"}',
       f'--teacher={published["teacher"]}', f'--student={published["student"]}', '--format=chat',
   ]
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  run = functools.partial(subprocess.run, cwd=ROOT, env=one_device(), capture_output=True, text=True)
+  done = run(command)
   assert done.returncode == 0, done.stderr[-3000:]
   line = json.loads((tmp_path / 'line' / 'quickstart.json').read_text())
   assert line['stages']['teacher']['run'] == line['stages']['tokenizer']['run'] == 'given'
@@ -120,7 +122,7 @@ def test_the_quickstart_starts_from_published_models(published, tmp_path):
   prompts = {one.prompt for one in annotations}
   assert all(prompt.endswith('<|im_start|>assistant\n') for prompt in prompts)
   assert 'given here' in (tmp_path / 'line' / 'report.html').read_text()
-  again = subprocess.run([*command, '--seed=6'], cwd=ROOT, capture_output=True, text=True)
+  again = run([*command, '--seed=6'])
   assert again.returncode != 0 and 'holds a run with seed=5' in again.stderr
 
 
@@ -212,11 +214,15 @@ train(tiny.grpo(num_steps=8, checkpoint_every=2), {workdir!r})
 """]
 
 
-def start(command, workdir):
+def one_device():
+  """The environment of a process as users start it, without the eight devices of the tests."""
   flags = f'--xla_force_host_platform_device_count=1 {runtime.HASTY}'
-  environment = os.environ | {'XLA_FLAGS': flags, 'PYTHONPATH': str(ROOT)}
+  return os.environ | {'XLA_FLAGS': flags, 'PYTHONPATH': str(ROOT)}
+
+
+def start(command, workdir):
   arguments = [part.replace('{workdir!r}', repr(str(workdir))).replace('{workdir}', str(workdir)) for part in command]
-  return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+  return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=one_device(), stderr=subprocess.PIPE, text=True)
 
 
 def finish(process):

@@ -7,6 +7,8 @@ import shutil
 
 import pytest
 
+from experiments import runtime
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / 'notebooks').glob('*.ipynb'))
 
@@ -34,6 +36,6 @@ def test_notebooks_run(tmp_path):
     notebook = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(
         notebook, timeout=600, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}},
-        extra_arguments=['--Application.log_level=50'], env=os.environ,
+        extra_arguments=['--Application.log_level=50'], env=os.environ | {'XLA_FLAGS': runtime.HASTY},
     ).execute()
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == 'code')

@@ -23,6 +23,7 @@ from configs.studies.one_start import Arm
 # Steps of a training, and between its checkpoints: distillation over the vocabulary is there long before the others.
 _STEPS = dict(full=dict(opd=(96, 8), other=(288, 24)), smoke=dict(opd=(2, 1), other=(2, 1)))
 _GROUPS = dict(full=dict(prompts=16, samples=8), smoke=dict(prompts=2, samples=2))
+_SINGLE = dict(full=dict(prompts=128, samples=1), smoke=dict(prompts=4, samples=1))
 
 
 def losses():
@@ -41,9 +42,13 @@ def get_config(arg: str = ''):
   def arms(s, data, stages):
     del stages
     steps = _STEPS[a.size]
-    fresh, rollouts = data(count=s.fresh, seed=a.seed * 1000 + 7), one_start.sampled(s, **_GROUPS[a.size])
-    recipes = {name: base.on_policy_distill('{teacher}', fresh, rollouts, loss) for name, loss in losses().items()}
-    recipes['grpo'] = base.grpo(fresh, rollouts)
+    fresh = data(count=s.fresh, seed=a.seed * 1000 + 7)
+    groups, single = (one_start.sampled(s, **how[a.size]) for how in (_GROUPS, _SINGLE))
+    recipes = {
+        name: base.on_policy_distill('{teacher}', fresh, groups if name == 'opd_grpo' else single, loss)
+        for name, loss in losses().items()
+    }
+    recipes['grpo'] = base.grpo(fresh, groups)
     return {name: Arm(recipe, *steps['opd' if name == 'opd' else 'other']) for name, recipe in recipes.items()}
 
   return one_start.line(a, arms)

@@ -311,7 +311,9 @@ COMPOSED = {  # name: (teacher -> recipe, {metric: to which part of its first va
 @pytest.mark.parametrize('name', COMPOSED)
 def test_composed_losses_fall(name, expert, beginner, tmp_path):
   make, falls = COMPOSED[name]
-  rows = trained(make(expert), tmp_path, init_from=beginner if 'rewards' in name else '').metrics
+  # After 50 steps some losses are in the middle of their fall, and where depends on the last bit.
+  start = beginner if 'rewards' in name else ''
+  rows = trained(make(expert), tmp_path, init_from=start, num_steps=75).metrics
   terms = make(expert).loss.terms.keys()
   assert {key for key in rows[0] if '/' not in key} <= {*terms, *distill.TAKEN}
   for metric, part in falls.items():
