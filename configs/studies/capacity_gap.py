@@ -23,6 +23,7 @@ from configs.studies.one_start import Arm
 _SMALL = dict(student=dict(embed_dim=16, num_layers=1, num_heads=1, mlp_dim=48))
 _STEPS = dict(full=(120, 120), smoke=(2, 2))
 _PROMPTS = dict(full=64, smoke=4)
+_RATE = 1e-3
 
 
 def losses():
@@ -48,7 +49,7 @@ def get_config(arg: str = ''):
     off = base.distill('{teacher}', written, base.batch(s.rows, s.length), losses()['forward_on'])
     rollouts = one_start.sampled(s, prompts=_PROMPTS[a.size], samples=1)
     on = {name: base.on_policy_distill('{teacher}', written, rollouts, loss) for name, loss in losses().items()}
-    return {name: Arm(recipe, *_STEPS[a.size]) for name, recipe in (dict(forward_off=off) | on).items()}
+    return {name: Arm(recipe, *_STEPS[a.size], _RATE) for name, recipe in (dict(forward_off=off) | on).items()}
 
   rows = dict(greedy=base.strategy(), sampled=base.strategy(temperature=1.0))
   return one_start.line(a, arms, task='running_sums_either_way', rows_of_tests=rows, **_SMALL)

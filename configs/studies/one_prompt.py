@@ -18,6 +18,7 @@ from configs.studies.one_start import Arm
 
 _SAMPLES = dict(full=256, smoke=16)
 _STEPS = dict(full=(20, 4), smoke=(2, 1))
+_RATES = dict(opd=1e-3, grpo=3e-4)
 
 
 def get_config(arg: str = ''):
@@ -31,7 +32,7 @@ def get_config(arg: str = ''):
       asked = data(count=prompts, seed=a.seed * 1000 + 8)
       rollouts = one_start.sampled(s, prompts=prompts, samples=_SAMPLES[a.size] // prompts)
       recipes = dict(opd=base.on_policy_distill('{teacher}', asked, rollouts, loss), grpo=base.grpo(asked, rollouts))
-      found |= {f'{name}_{prompts}': Arm(recipe, *_STEPS[a.size]) for name, recipe in recipes.items()}
+      found |= {f'{name}_{prompts}': Arm(recipe, *_STEPS[a.size], _RATES[name]) for name, recipe in recipes.items()}
     return found
 
   return one_start.line(a, arms)

@@ -17,14 +17,13 @@ TEACHER = 3  # its seed
 # The start is stopped on its way up, at a constant rate: right on a third of the problems, it would be right on nearly
 # all after twice the steps. A start whose rate has fallen to 0 loses what it knows as soon as a rate rises again.
 START = lines.MUON | dict(matrix_learning_rate=0.01, schedule='constant')
-# Of all arms that are compared, whatever their loss; constant, so that arms may be of different lengths.
-ADAM = dict(name='adamw', learning_rate=1e-3, schedule='constant', warmup_steps=5, weight_decay=0.0)
+# Constant, so that arms may be of different lengths.
+ADAM = dict(name='adamw', schedule='constant', warmup_steps=5, weight_decay=0.0)
 
 FULL = dict(
     rows=24, length=112, row=26, new_tokens=14, decode_rows=512,
     teacher=dict(embed_dim=64, num_layers=2, num_heads=4, mlp_dim=192),
     student=dict(embed_dim=64, num_layers=2, num_heads=4, mlp_dim=192),
-    optimizer=dict(teacher=lines.MUON, base=START, arm=ADAM),
     teacher_problems=8000, gold=1500, fresh=20_000, test=1000, dev=400, temperature=1.0, log_every=4,
     steps=dict(teacher=480, base=200),
 )
@@ -36,11 +35,12 @@ SIZES = dict(full=FULL, smoke=FULL | dict(
 
 
 class Arm(NamedTuple):
-  """recipe: of the training. steps: its length. every: steps between checkpoints, all of which are kept."""
+  """recipe: of the training. steps: its length. every: steps between checkpoints, all of which are kept. rate: Adam's."""
 
   recipe: Any
   steps: int
   every: int
+  rate: float
 
 
 def line(a, make_arms, *, task='running_sums', rows_of_tests=None, **changed):
@@ -57,21 +57,22 @@ def line(a, make_arms, *, task='running_sums', rows_of_tests=None, **changed):
   data = lambda *split, **options: base.data(task, *split, **options)
   rows = base.batch(s.rows, s.length)
 
-  def training(name, recipe, run_seed, num_steps, *, shape='student', kind, **options):
+  def training(name, recipe, run_seed, num_steps, optimizer, *, shape='student', **options):
     stages[name] = dict(run='train', config=base.train(
         recipe, tokenizer='byte', model=base.model(**s[shape], max_length=s.length), num_steps=num_steps,
-        optimizer=base.optimizer(**s.optimizer[kind]), seed=run_seed, log_every=s.log_every, **options,
+        optimizer=base.optimizer(**optimizer), seed=run_seed, log_every=s.log_every, **options,
     ))
 
   # One teacher for all seeds: they tell of starts, prompts and samples, in a time that allows for several.
   known = base.sft(data(count=s.teacher_problems, seed=TEACHER), rows)
-  training('teacher', known, TEACHER, s.steps.teacher, shape='teacher', kind='teacher')
+  training('teacher', known, TEACHER, s.steps.teacher, lines.MUON, shape='teacher')
   gold = base.sft(data(count=s.gold, seed=seed + 1), rows)
-  training('base', gold, seed + 5, s.steps.base, kind='base', checkpoint_every=0)
+  training('base', gold, seed + 5, s.steps.base, START, checkpoint_every=0)
   arms = make_arms(s, data, stages)
   for name, arm in arms.items():
     keep = dict(checkpoint_every=arm.every, keep_checkpoints=-(-arm.steps // arm.every))
-    training(name, arm.recipe, seed + 6, arm.steps, kind='arm', init_from='{base}', **keep)
+    adam = ADAM | dict(learning_rate=arm.rate)
+    training(name, arm.recipe, seed + 6, arm.steps, adam, init_from='{base}', **keep)
   measure = dict(data=data('dev', count=s.dev, seed=lines.DEV), new_tokens=s.new_tokens, decode_rows=s.decode_rows)
   return lines.line(
       a, s, stages, ('teacher', 'base', *arms), task=task, rows=rows_of_tests, seed=seed, arms=tuple(arms),
