@@ -146,7 +146,10 @@ def run(identifier: str, workdir: str, *, smoke: bool, seeds_text: str, record: 
   if entry.script:
     out = pathlib.Path(entry.results).parent if record else f'{workdir}/report'
     arguments = [f'--workdir={workdir}', f'--out={out}', f'--seeds={",".join(map(str, chosen))},']
-    subprocess.run(['bash', str(ROOT / entry.script), *arguments, *(['--smoke'] if smoke else [])], check=True)
+    try:
+      subprocess.run(['bash', str(ROOT / entry.script), *arguments, *(['--smoke'] if smoke else [])], check=True)
+    except subprocess.CalledProcessError as error:
+      sys.exit(error.returncode)  # the script has said why
     return
   from experiments.distillation_studies import running
 

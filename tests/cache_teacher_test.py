@@ -241,7 +241,8 @@ def test_the_students_tokenizer_decides_the_tokens(tmp_path):
   section = schema.parse(context.DataConfig, tiny.data(count=21), 'data')
   data = {one.eos_id: teacher_cache.data_hash(context.examples_of(section, one)) for one in (theirs, ours)}
   assert identity.data == data[ours.eos_id] != data[theirs.eos_id]
-  with pytest.raises(schema.ConfigError, match='config.tokenizer byte of 258; logits .* one vocabulary; fix: .*cross_tokenizer'):
+  message = 'config.tokenizer byte of 258; logits .* one vocabulary; fix: .*cross_tokenizer'
+  with pytest.raises(schema.ConfigError, match=message):
     cache_teacher(config(chat, tokenizer='byte'), tmp_path / 'other')
 
 

@@ -35,7 +35,7 @@ SIZES = dict(full=FULL, smoke=FULL | dict(
 
 
 class Arm(NamedTuple):
-  """recipe: of the training. steps: its length. every: steps between checkpoints, all of which are kept. rate: Adam's."""
+  """recipe, steps and Adam's rate of a training; every: steps between checkpoints, all of which are kept."""
 
   recipe: Any
   steps: int

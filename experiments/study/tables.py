@@ -25,7 +25,7 @@ def verdict_table(summary: Summary, claims: Sequence[Mapping[str, Any]]) -> str:
 
 
 def evidence(one: Mapping[str, Any], what: str) -> str:
-  """'+3.1 [1.2, 5.0], p < .001': points of accuracy; other quantities as they are, to three digits. Or 'not reached'."""
+  """'+3.1 [1.2, 5.0], p < .001': points of accuracy, other quantities as they are; or 'not reached'."""
   if one['mean'] is None:
     return 'not reached'
   scale, digits = (100, 1) if what in PERCENT else (1, 3)

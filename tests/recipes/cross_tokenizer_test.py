@@ -113,7 +113,7 @@ def test_resume_wants_the_same_texts_on_both_sides(folders):
     (dict(temperature=0.0), r'temperature=0 must be positive'), (dict.fromkeys(ALL, 0.0), 'nothing would be learnt'),
     (dict(chunk_options=dict(heat=1.0)), "'heat' unknown"),
     (dict(chunk_options=dict(temperature=0.0)), 'chunk_options: temperature 0.0 of binary_kl must be positive'),
-    (dict(chunk_options=dict(temperature=float('nan'))), 'chunk_options: temperature nan of binary_kl must be positive'),
+    (dict(chunk_options=dict(temperature=float('nan'))), 'temperature nan of binary_kl must be positive'),
     (dict(chunk_options=dict(temperature='a')), 'chunk_options: '),
     (dict(uld=1.0, temperature=float('nan')), 'temperature=nan must be positive'),
 ])
