@@ -30,7 +30,7 @@ class Entry(NamedTuple):
   expected: a line a claim, in the order of the claims that begin with `claims` in the recorded verdicts. config: below
   the repository; its stem is the section of `results`. module: of experiments/distillation_studies, which runs it;
   script: what runs it where that is ''. published: a config with the same losses for published models on TPUs, or ''.
-  seeds: how many the rule is about.
+  seeds: those that the rule is about, as --seeds takes them.
   """
 
   title: str
@@ -72,6 +72,7 @@ ENTRIES: dict[str, Entry] = {
         ('updates of GRPO / of distillation on sampled tokens, to 70 %: >= 1.5',
          'updates of GRPO / of distillation over the vocabulary, to 70 %: >= 4'),
         'configs/studies/on_policy_or_rl.py', f'{STUDIES}/S2/results.json', module='on_policy_or_rl',
+        seeds='3,4,5,9,10',
     ),
     'S2b': Entry(
         'On-policy distillation learns from one prompt, RL does not',
@@ -140,7 +141,7 @@ def run(identifier: str, workdir: str, *, smoke: bool, seeds_text: str, record: 
   chosen = seeds(seeds_text or ('1' if smoke else entry.seeds))
   if record and (smoke or chosen != seeds(entry.seeds)):
     raise schema.ConfigError(
-        f'what is recorded of {identifier} is its full size on {entry.seeds} seeds; fix: --record without --smoke and '
+        f'what is recorded of {identifier} is its full size with --seeds={entry.seeds}; fix: --record without --smoke and '
         '--seeds'
     )
   if entry.script:

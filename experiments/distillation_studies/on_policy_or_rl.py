@@ -59,7 +59,8 @@ def judge_ratio(claim: str, pairs: Sequence[tuple[float, bool]], least: float) -
   bounds = {key: math.exp(getattr(evidence, key)) for key in ('mean', 'low', 'high')}
   shown = {'running_sums': evidence._replace(**bounds, by_seed=tuple(value for value, _ in pairs))}
   if np.isnan(logs).any():
-    return verdicts.Verdict(claim, 'inconclusive', shown, {'running_sums': 'more steps of the distilled arm'})
+    needed = {'running_sums': f'starts below {JUDGED:.0%} and longer distilled arms'}
+    return verdicts.Verdict(claim, 'inconclusive', shown, needed)
   verdict = verdicts.judge(claim, {'running_sums': evidence}, margin=math.log(least))._replace(evidence=shown)
   if verdict.verdict == 'supported' and not all(logs >= math.log(least)):
     return verdict._replace(verdict='inconclusive', needed={'running_sums': 'seeds that agree'})
