@@ -2,10 +2,11 @@
 
 Run: python -m experiments.reproduce --run=S1b --workdir=runs/S1b      (a CPU core; status: not run)
 The teacher learns running sums worked forward or backward (srm_jax/tasks/running_sums.py), as a coin of each problem
-falls, which nobody can foresee: at the first token it has two ways to go on. The student has one layer of width 16.
+falls, which nobody can foresee: at the first token it has two ways to go on. Its student has half of its width and has
+begun to write chains, forward ones first, when the arms start.
 Arms: `forward_off`, forward KL on what the teacher wrote; `forward_on` and `reverse_on`, forward and reverse KL on what
 the student writes; `minillm_on`, reverse KL of whole completions (MiniLLM: what later tokens earn as an advantage, the
-single step over the vocabulary). Of 1000 samples at temperature 1: share of each way (by its first digit), its entropy
+single step over the vocabulary). Of 800 samples at temperature 1: share of each way (by its first digit), its entropy
 in bits, and the share of texts that are neither chain throughout (invalid), and that have digits of both (mixed).
 Claims: 1. reverse_on has a lower share of invalid texts than forward_on; 2. reverse_on has a lower entropy of ways than
 forward_on; 3. and 4. the same of minillm_on against forward_off, each divergence on its own samples.
@@ -20,7 +21,11 @@ from configs import base
 from configs.studies import lines, one_start
 from configs.studies.one_start import Arm
 
-_SMALL = dict(student=dict(embed_dim=16, num_layers=1, num_heads=1, mlp_dim=48))
+# Sums of four digits: of six, 900 steps teach this teacher the forward way alone. There are 800 test problems of them.
+_CHANGED = dict(full=dict(
+    teacher_problems=6000, gold=6000, test=800, steps=dict(teacher=1000, base=900), start_rate=0.02,
+    student=dict(embed_dim=32, num_layers=2, num_heads=2, mlp_dim=96),
+), smoke={})
 _STEPS = dict(full=(120, 120), smoke=(2, 2))
 _PROMPTS = dict(full=64, smoke=4)
 _RATE = 1e-3
@@ -52,4 +57,4 @@ def get_config(arg: str = ''):
     return {name: Arm(recipe, *_STEPS[a.size], _RATE) for name, recipe in (dict(forward_off=off) | on).items()}
 
   rows = dict(greedy=base.strategy(), sampled=base.strategy(temperature=1.0))
-  return one_start.line(a, arms, task='running_sums_either_way', rows_of_tests=rows, **_SMALL)
+  return one_start.line(a, arms, task='running_sums_either_way', rows_of_tests=rows, **_CHANGED.get(a.size, {}))

@@ -16,7 +16,7 @@ TEACHER = 3  # its seed
 
 # The start is stopped on its way up, at a constant rate: right on a third of the problems, it would be right on nearly
 # all after twice the steps. A start whose rate has fallen to 0 loses what it knows as soon as a rate rises again.
-START = lines.MUON | dict(matrix_learning_rate=0.01, schedule='constant')
+START = lines.MUON | dict(schedule='constant')
 # Constant, so that arms may be of different lengths.
 ADAM = dict(name='adamw', schedule='constant', warmup_steps=5, weight_decay=0.0)
 
@@ -24,7 +24,7 @@ FULL = dict(
     rows=24, length=112, row=26, new_tokens=14, decode_rows=512,
     teacher=dict(embed_dim=64, num_layers=2, num_heads=4, mlp_dim=192),
     student=dict(embed_dim=64, num_layers=2, num_heads=4, mlp_dim=192),
-    teacher_problems=8000, gold=1500, fresh=20_000, test=1000, dev=400, temperature=1.0, log_every=4,
+    teacher_problems=8000, gold=1500, fresh=20_000, test=1000, dev=400, temperature=1.0, log_every=4, start_rate=0.01,
     steps=dict(teacher=480, base=200),
 )
 SIZES = dict(full=FULL, smoke=FULL | dict(
@@ -67,7 +67,8 @@ def line(a, make_arms, *, task='running_sums', rows_of_tests=None, **changed):
   known = base.sft(data(count=s.teacher_problems, seed=TEACHER), rows)
   training('teacher', known, TEACHER, s.steps.teacher, lines.MUON, shape='teacher')
   gold = base.sft(data(count=s.gold, seed=seed + 1), rows)
-  training('base', gold, seed + 5, s.steps.base, START, checkpoint_every=0)
+  start = START | dict(matrix_learning_rate=s.start_rate)
+  training('base', gold, seed + 5, s.steps.base, start, checkpoint_every=0)
   arms = make_arms(s, data, stages)
   for name, arm in arms.items():
     keep = dict(checkpoint_every=arm.every, keep_checkpoints=-(-arm.steps // arm.every))

@@ -12,6 +12,8 @@ TASKS: dict[str, Task] = {
     'sums_checked': chains.restyled(_SUMS, 'sums_checked', chains.checked_steps),
     'rewriting': procedural.procedural_task('rewriting', **procedural.PRESETS['rewriting']),
     'running_sums': running_sums.running_sums_task('running_sums', running_sums.forward),
-    'running_sums_either_way': running_sums.running_sums_task('running_sums_either_way', running_sums.either_way),
+    'running_sums_either_way': running_sums.running_sums_task(
+        'running_sums_either_way', running_sums.either_way, terms=4
+    ),
     'gsm8k': math.gsm8k_task(),
 }

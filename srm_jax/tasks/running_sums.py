@@ -71,11 +71,23 @@ def is_mixed(problem: Problem, text: str) -> bool:
   return line not in ways and len(line) == len(ways[0]) and all(c in pair for c, *pair in zip(line, *ways))
 
 
-def problems_of(chain: Callable[[Problem], str], split: str, *, count: int, seed: int) -> list[Problem]:
-  """The first `count` distinct problems of a split, in the order of `seed`."""
+def most_of(split: str, terms: int) -> int:
+  """Problems that a split gives: four in five of those that it has, so that drawing comes to an end."""
+  buckets = list(_BUCKETS.values()).count(split) or 10 - len(_BUCKETS)
+  return 10**terms * buckets * 8 // 100
+
+
+def problems_of(chain: Callable[[Problem], str], split: str, *, count: int, seed: int, terms: int) -> list[Problem]:
+  """The first `count` distinct problems of a split, in the order of `seed`.
+
+  Raises:
+    ValueError: more than can be drawn of so few digits.
+  """
+  if count > most_of(split, terms):
+    raise ValueError(f'{count} {split} problems of {terms} digits; there are {most_of(split, terms)} to be had')
   draw, found = random.Random(f'{FAMILY} {seed}'), {}
   while len(found) < count:
-    question = '+'.join(str(draw.randrange(10)) for _ in range(TERMS))
+    question = '+'.join(str(draw.randrange(10)) for _ in range(terms))
     if _BUCKETS.get(task.stable_hash(question) % 10, 'train') == split and question not in found:
       blank = Problem(f'{FAMILY}-{question}', question, '', '', {'family': FAMILY, 'steps': 1})
       answer = str(sum(digits_of(blank)) % 10)
@@ -88,7 +100,7 @@ def grade(problem: Problem, text: str) -> float:
   return float(graders.extract_hash_answer(text) == problem.answer)
 
 
-def running_sums_task(name: str, chain: Callable[[Problem], str]) -> task.Task:
+def running_sums_task(name: str, chain: Callable[[Problem], str], *, terms: int = TERMS) -> task.Task:
   """A task of running sums whose worked solutions are written by `chain`.
 
   No text is held against one chain digit by digit, as two are right.
@@ -96,7 +108,8 @@ def running_sums_task(name: str, chain: Callable[[Problem], str]) -> task.Task:
 
   def problems(split: str, *, count: int | None = None, seed: int = 0) -> list[Problem]:
     task.check_split(name, split, SPLITS)
-    return problems_of(chain, split, count=DEFAULT_COUNT if count is None else count, seed=seed)
+    default = min(DEFAULT_COUNT, most_of(split, terms))
+    return problems_of(chain, split, count=default if count is None else count, seed=seed, terms=terms)
 
   return task.Task(
       name=name, domain='math', splits=SPLITS, problems=problems, prompt=task.question_prompt,

@@ -33,16 +33,24 @@ def test_where_both_ways_begin_alike_there_is_no_style():
   assert running_sums.style_of(Problem('a', '3+8+8+3', '2'), '192\n#### 2') is None
 
 
-@pytest.mark.parametrize('name', ['running_sums', 'running_sums_either_way'])
-def test_problems_are_distinct_and_solved(name):
+@pytest.mark.parametrize('name, terms', [('running_sums', 6), ('running_sums_either_way', 4)])
+def test_problems_are_distinct_and_solved(name, terms):
   problems = TASKS[name].problems('train', count=300, seed=3)
   assert len({problem.question for problem in problems}) == 300
   for problem in problems:
     text = task.worked_solution(problem)
-    assert running_sums.is_valid(problem, text) and len(running_sums.digits_of(problem)) == running_sums.TERMS
+    assert running_sums.is_valid(problem, text) and len(running_sums.digits_of(problem)) == terms
     assert problem.answer == str(sum(map(int, problem.question.split('+'))) % 10) == problem.rationale[-1]
   again = TASKS[name].problems('train', count=100, seed=3)
   assert again == problems[:100] != TASKS[name].problems('train', count=100, seed=4)
+  test = TASKS[name].problems('test')
+  assert len(test) == (1000 if terms == 6 else 800) and not {one.id for one in test} & {one.id for one in problems}
+
+
+def test_more_problems_than_there_are_end_in_an_error():
+  assert len(TASKS['running_sums_either_way'].problems('train', count=6400)) == 6400
+  with pytest.raises(ValueError, match='6401 train problems of 4 digits; there are 6400 to be had'):
+    TASKS['running_sums_either_way'].problems('train', count=6401)
 
 
 def test_a_teacher_of_either_way_is_a_fair_mixture():
