@@ -23,7 +23,7 @@ from configs.studies.one_start import Arm
 
 # Sums of four digits: of six, 900 steps teach this teacher the forward way alone. There are 800 test problems of them.
 _CHANGED = dict(full=dict(
-    teacher_problems=6000, gold=6000, test=800, steps=dict(teacher=1000, base=900), start_rate=0.02,
+    teacher_problems=6000, gold=6000, test=800, steps=dict(teacher=1600, base=900), start_rate=0.02,
     student=dict(embed_dim=32, num_layers=2, num_heads=2, mlp_dim=96),
 ), smoke={})
 _STEPS = dict(full=(120, 120), smoke=(2, 2))
