@@ -141,8 +141,8 @@ def run(identifier: str, workdir: str, *, smoke: bool, seeds_text: str, record: 
   chosen = seeds(seeds_text or ('1' if smoke else entry.seeds))
   if record and (smoke or chosen != seeds(entry.seeds)):
     raise schema.ConfigError(
-        f'what is recorded of {identifier} is its full size with --seeds={entry.seeds}; fix: --record without --smoke and '
-        '--seeds'
+        f'what is recorded of {identifier} is its full size with --seeds={entry.seeds}; '
+        'fix: --record without --smoke and --seeds'
     )
   if entry.script:
     out = pathlib.Path(entry.results).parent if record else f'{workdir}/report'
