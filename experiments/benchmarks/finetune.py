@@ -16,7 +16,7 @@ from absl import app, flags
 
 from experiments import runtime
 from experiments.benchmarks import timing
-from experiments.benchmarks.batches import make_batch
+from experiments.benchmarks.batches import Numbers, make_batch
 
 SHAPE = flags.DEFINE_string('shape', 'qwen2.5-0.5b', 'a preset of srm_jax.models.families')
 LENGTH = flags.DEFINE_integer('length', 256, 'tokens of the one row of a step, and of the prompt', lower_bound=2)
@@ -106,14 +106,9 @@ def greedy():
   from srm_jax.types import Prompt, SamplingParams
 
   config = shape()
-
-  class Numbers:
-    eos_id = 0
-    encode = staticmethod(lambda text: [1 + i % 1000 for i in range(LENGTH.value)])
-    decode = staticmethod(lambda tokens: '')
-
   generate = make_generate(config, fresh(config), Numbers, batch_size=1, stop_at_eos=False, streams=1)
-  prompts, sampling = [Prompt('p', '')], SamplingParams(max_new_tokens=NEW_TOKENS.value, temperature=0.0)
+  row = ' '.join(str(1 + i % 1000) for i in range(LENGTH.value))
+  prompts, sampling = [Prompt('p', row)], SamplingParams(max_new_tokens=NEW_TOKENS.value, temperature=0.0)
   return timed(lambda: len(generate(prompts, sampling)))
 
 

@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.benchmarks.batches import make_batch
 from srm_jax import optimizers, schema, sharding, train_step
 from srm_jax.inference import make_generate
 from srm_jax.models import transformer
 from srm_jax.models.config import TransformerConfig, train_flops
 from srm_jax.recipes import sft
-from srm_jax.types import Batch, Prompt, SamplingParams
+from srm_jax.types import Prompt, SamplingParams
 
 DTYPES = ('float32', 'bfloat16')
 STEP_SHARE = 0.25  # of the rate of bare products that a whole train step reaches, where none was measured
@@ -140,7 +141,7 @@ def _train_token(section, vocab: int, dtype: str) -> Timed:
   step = jax.jit(train_step.build_train_step(objective, tx), donate_argnums=0)
   params = {'model': transformer.init_params(model, jax.random.key(0))}
   state, key = train_step.init_state(params, tx), jax.random.key(1)
-  batch = sharding.shard_rows(_random_batch(model, shape), jax.sharding.get_mesh())
+  batch = sharding.shard_rows(make_batch(model.vocab_size, *shape), jax.sharding.get_mesh())
 
   def once():
     nonlocal state
@@ -149,12 +150,6 @@ def _train_token(section, vocab: int, dtype: str) -> Timed:
 
   timed = _fastest(once)
   return timed._replace(seconds=timed.seconds / (shape[0] * shape[1]))
-
-
-def _random_batch(model: TransformerConfig, shape) -> Batch:
-  tokens = np.random.default_rng(0).integers(0, model.vocab_size, shape).astype(np.int32)
-  positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-  return Batch(tokens, tokens, np.ones(shape, np.float32), positions, np.ones(shape, np.int32))
 
 
 def _decode_token(section, vocab: int, annotate, dtype: str) -> Timed:
