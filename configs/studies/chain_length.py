@@ -1,6 +1,6 @@
 """S7: do small students learn better from short chains, larger ones from long chains, and does a mix help?
 
-Run: python -m experiments.reproduce --run=S7 --workdir=runs/S7        (a CPU core; status: not run)
+Run: python -m experiments.reproduce --run=S7 --workdir=runs/S7        (a CPU core, 20 minutes; status: run)
 Short chains are partial sums; long ones undo and repeat every step, and one step in ten is wrong at first and corrected
 (srm_jax/tasks/chains.py): some four times as long. 1000 problems, the same for all; students of three sizes start from
 scratch. Arms of a size: `long`; `short`, as many epochs as long; `short_more`, as many tokens as long; `mix_20` and
