@@ -1,6 +1,6 @@
 """S1b: does reverse KL seek a mode where the student is too small for the teacher? A teacher of two ways.
 
-Run: python -m experiments.reproduce --run=S1b --workdir=runs/S1b      (a CPU core; status: not run)
+Run: python -m experiments.reproduce --run=S1b --workdir=runs/S1b      (a CPU core, 14 minutes; status: run)
 The teacher learns running sums worked forward or backward (srm_jax/tasks/running_sums.py), as a coin of each problem
 falls, which nobody can foresee: at the first token it has two ways to go on. Its student has half of its width and has
 begun to write chains, forward ones first, when the arms start.
