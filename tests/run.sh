@@ -30,9 +30,9 @@ paths=(tests)
 for argument in ${arguments[@]+"${arguments[@]}"}; do
   [ ! -e "${argument%%::*}" ] || paths=()
 done
-# Most of the time goes into the compiler, which uses one core. Of the whole suite two processes take a file each; what
-# the caller picks runs in one, where pytest's debugger works.
+# Most of the time goes into the compiler, which uses one core. Of the whole suite two processes take a file each, in the
+# order of tests/conftest.py; what the caller picks runs in one, where pytest's debugger works.
 workers=()
-[ ${#arguments[@]} -gt 0 ] || workers=(-n 2 --dist loadfile)
+[ ${#arguments[@]} -gt 0 ] || workers=(-n 2 --dist loadfile --no-loadscope-reorder)
 exec "$venv_python" -m pytest -q --durations=15 ${workers[@]+"${workers[@]}"} ${selection[@]+"${selection[@]}"} \
   ${arguments[@]+"${arguments[@]}"} ${paths[@]+"${paths[@]}"}

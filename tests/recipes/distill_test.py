@@ -303,5 +303,5 @@ def test_a_coupled_term_without_rows_is_not_measured(mixed):
   terms, metrics = run(record._replace(sampled=np.ones(8, np.float32)))
   assert terms['near'] == 0 and metrics['near'] == (0, 0)
   terms, metrics = run(record)
-  assert terms['near'] == pytest.approx(metrics['near'].total, rel=1e-6)  # two sums of one program
+  assert terms['near'] == pytest.approx(float(metrics['near'].total), rel=1e-6)  # two sums of one program
   assert terms['near'] > 0 and metrics['near'].count == 1
