@@ -1,4 +1,5 @@
-# Sourced by experiments/quickstart.sh, tests/run.sh and experiments/distillation_ablation/run.sh, in the repository's root, with `set -euo pipefail`.
+# Sourced by experiments/quickstart.sh, tests/run.sh and experiments/distillation_ablation/run.sh, in the repository's
+# root, with `set -euo pipefail`.
 #
 #   prepare_environment EXTRA...    makes or reuses the virtual environment and sets $venv_python to its interpreter
 #   accelerator_extra               prints the extra of setup.py that the machine's accelerator needs, if it has one

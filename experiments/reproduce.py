@@ -61,7 +61,7 @@ ENTRIES: dict[str, Entry] = {
         claims='S1', published='configs/distill/published_ablation.py',
     ),
     'S1b': Entry(
-        'Reverse KL seeks a mode where the student is too small (MiniLLM)', 'arXiv:2306.08543',
+        'Reverse KL seeks a mode where the student is smaller (MiniLLM)', 'arXiv:2306.08543',
         ('invalid texts, forward - reverse KL > 0, both on-policy', 'entropy of ways, forward - reverse KL > 0',
          'invalid texts, forward KL off-policy - MiniLLM > 0', 'entropy of ways, forward KL off-policy - MiniLLM > 0'),
         'configs/studies/capacity_gap.py', f'{STUDIES}/S1b/results.json', module='capacity_gap',

@@ -1,4 +1,4 @@
-"""S1b: does reverse KL seek a mode where the student is too small for the teacher? A teacher of two ways.
+"""S1b: does reverse KL seek a mode where the student is smaller than the teacher? A teacher of two ways.
 
 Run: python -m experiments.reproduce --run=S1b --workdir=runs/S1b      (a CPU core, 14 minutes; status: run)
 The teacher learns running sums worked forward or backward (srm_jax/tasks/running_sums.py), as a coin of each problem

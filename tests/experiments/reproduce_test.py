@@ -50,6 +50,17 @@ def test_every_recorded_verdict_has_its_expectation(identifier):
   assert (reproduce.NOT_RUN in reproduce.describe(identifier, entry)) == (verdicts is None)
 
 
+@pytest.mark.parametrize('identifier', reproduce.ENTRIES)
+def test_what_is_recorded_is_of_the_seeds_of_the_rule(identifier):
+  entry = reproduce.ENTRIES[identifier]
+  verdicts = reproduce.recorded(entry) or []
+  counts = {len(one['by_seed']) for verdict in verdicts for one in verdict['evidence'].values()}
+  assert counts <= {len(reproduce.seeds(entry.seeds))}
+  if entry.module and verdicts:
+    (section,) = json.loads((reproduce.ROOT / entry.results).read_text()).values()
+    assert section['seeds'] == reproduce.seeds(entry.seeds)
+
+
 @pytest.mark.parametrize('identifier, config', [
     ('ablation', distillation_ablation), ('S1', distillation_ablation), ('S3', logits_or_hidden),
 ])
