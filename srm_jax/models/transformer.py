@@ -225,8 +225,9 @@ def cast(params: Params, dtype) -> Params:
   return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
 
 
+@functools.lru_cache(maxsize=64)  # a tenth of a second each, asked for at every load, save and rollout
 def abstract_params(config: TransformerConfig):
-  """Boxed abstract parameters, with their logical axis names; nothing is computed."""
+  """Boxed abstract parameters, with their logical axis names; nothing is computed. Not to be written to."""
   return jax.eval_shape(functools.partial(_init, config), jax.random.key(0))
 
 
