@@ -83,7 +83,7 @@ def run_cell(config: str, settings, seed: int, workdir, report_stage):
   """Runs a cell, or reads it back where it is finished; see srm_jax.report for what it holds."""
   from srm_jax import checkpoints, report, stages
   from srm_jax.data.records import content_hash
-  from srm_jax.train import resolve
+  from srm_jax.schema import resolve
 
   line = resolve(cell_config(config, settings, seed))
   path = pathlib.Path(workdir) / 'cells' / f'{content_hash(line)[:16]}.json'

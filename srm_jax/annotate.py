@@ -16,7 +16,6 @@ from srm_jax.models.config import forward_flops
 from srm_jax.recipes.context import DataConfig, load_problems, open_data
 from srm_jax.rewards import Graded
 from srm_jax.rollout import rollout
-from srm_jax.train import resolve
 from srm_jax.types import SamplingParams
 
 RECORDS = 'annotations.jsonl'
@@ -60,7 +59,7 @@ def annotate(config: ml_collections.ConfigDict, workdir) -> Annotations:
     ConfigError: unknown names or types, a workdir of another config, no such teacher.
     ValueError: a prompt longer than the teacher's context, a damaged record (file and line are named).
   """
-  plain = resolve(config)
+  plain = schema.resolve(config)
   parsed = schema.parse(AnnotateConfig, plain, 'config')
   workdir = pathlib.Path(workdir)
   with jax.set_mesh(sharding.make_mesh(parsed.mesh)):

@@ -21,7 +21,6 @@ from srm_jax.inference.top_tokens import TopTokens, make_top_tokens
 from srm_jax.models.config import forward_flops
 from srm_jax.recipes import cached
 from srm_jax.recipes.context import DataConfig, examples_of, require_same_vocabulary
-from srm_jax.train import resolve
 from srm_jax.types import Batch
 
 SUMMARY = 'summary.json'
@@ -75,7 +74,7 @@ def cache_teacher(config: ml_collections.ConfigDict, workdir) -> Cached:
     ConfigError: unknown names or types, a workdir of another config, no such teacher, one of another vocabulary.
     ValueError: an example longer than the teacher's context, or a workdir whose teacher has changed since.
   """
-  parsed = schema.parse(CacheConfig, resolve(config), 'config')
+  parsed = schema.parse(CacheConfig, schema.resolve(config), 'config')
   if jax.process_count() > 1:
     raise schema.ConfigError(f'a cache is written by one process, here are {jax.process_count()}; start it on one host')
   with jax.set_mesh(sharding.make_mesh(parsed.mesh)):

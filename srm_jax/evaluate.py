@@ -21,7 +21,6 @@ from srm_jax.models.config import forward_flops
 from srm_jax.recipes.context import DataConfig, load_problems, open_data, require_same_vocabulary
 from srm_jax.rewards import Graded
 from srm_jax.rollout import rollout
-from srm_jax.train import resolve
 from srm_jax.types import Generate, SamplingParams
 
 
@@ -71,7 +70,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir) -> Evaluation:
   Raises:
     ConfigError: unknown names or types, a workdir of another config, no model.
   """
-  plain = resolve(config)
+  plain = schema.resolve(config)
   parsed, rows = open_config(plain, 'config')
   workdir = pathlib.Path(workdir)
   with jax.set_mesh(sharding.make_mesh(parsed.mesh)):

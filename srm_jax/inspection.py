@@ -23,7 +23,7 @@ from srm_jax.models import heads, transformer
 from srm_jax.models.config import TransformerConfig
 from srm_jax.recipes import RECIPES
 from srm_jax.recipes.context import Context, forward
-from srm_jax.train import TrainConfig, resolve
+from srm_jax.train import TrainConfig
 from srm_jax.types import Batch, Params, Recipe, Rollouts
 
 TOP = 5
@@ -69,7 +69,7 @@ def inspect(config: ml_collections.ConfigDict, workdir=None, *, rows: int = 4) -
   Raises:
     ConfigError: as `train`.
   """
-  parsed = schema.parse(TrainConfig, resolve(config), 'config')
+  parsed = schema.parse(TrainConfig, schema.resolve(config), 'config')
   with jax.set_mesh(sharding.make_mesh(parsed.mesh)):
     tokenizer = tokenizers.load(parsed.tokenizer)
     model = replace(parsed.model, vocab_size=parsed.model.vocab_size or tokenizer.vocab_size)

@@ -4,7 +4,7 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -49,7 +49,7 @@ class Writer(NamedTuple):
   """Writes rows to metrics.jsonl and TensorBoard event files below a workdir."""
 
   path: pathlib.Path
-  board: tensorboardX.SummaryWriter
+  board: Any  # a tensorboardX.SummaryWriter
 
   def write(self, step: int, row: Mapping[str, float]):
     with self.path.open('a') as file:
@@ -66,6 +66,8 @@ def open_writer(workdir, *, step: int) -> Writer:
   path = pathlib.Path(workdir) / 'metrics.jsonl'
   rows = [row for row in read(workdir) if row['step'] <= step]
   path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  import tensorboardX  # here, since it imports torch where that is installed: four seconds of every process
+
   return Writer(path, tensorboardX.SummaryWriter(str(pathlib.Path(workdir) / 'tensorboard'), purge_step=step + 1))
 
 

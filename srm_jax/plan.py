@@ -27,7 +27,7 @@ from srm_jax.models.families import PRESETS
 from srm_jax.recipes import (
     adapted, cached, context, cross_tokenizer, distill, on_policy, on_policy_distill, policy_gradient, sft, teachers,
 )
-from srm_jax.train import TrainConfig, resolve, trained_names
+from srm_jax.train import TrainConfig, trained_names
 from srm_jax.train_step import build_train_step, init_state
 from srm_jax.types import Batch, CachedBatch, Objective, Rollouts, TrainState
 
@@ -129,7 +129,7 @@ def plan(config: ml_collections.ConfigDict, devices) -> Plan:
   Raises:
     ConfigError: unknown names or types, or a chip without data sheet.
   """
-  parsed = schema.parse(TrainConfig, resolve(config), 'config')
+  parsed = schema.parse(TrainConfig, schema.resolve(config), 'config')
   chip = schema.choose('chip', devices[0].device_kind, CHIPS)
   mesh = sharding.make_mesh(parsed.mesh, devices)
   model = _model(parsed)
@@ -348,7 +348,7 @@ RECIPES: dict[str, Callable[[Any, TransformerConfig], _Abstract]] = {
 
 
 def _copy(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  return ml_collections.ConfigDict(resolve(config), convert_dict=True)
+  return ml_collections.ConfigDict(schema.resolve(config), convert_dict=True)
 
 
 def with_head(config: ml_collections.ConfigDict, chunk: int | None) -> ml_collections.ConfigDict:
@@ -366,7 +366,7 @@ def rows_of(config: ml_collections.ConfigDict, devices) -> tuple[int, int]:
 
   Rollouts come in groups of `samples` rows as well.
   """
-  parsed = schema.parse(TrainConfig, resolve(config), 'config')
+  parsed = schema.parse(TrainConfig, schema.resolve(config), 'config')
   mesh = sharding.make_mesh(parsed.mesh, devices)
   unit = parsed.microbatches * math.prod(mesh.shape[axis] for axis in sharding.TOKEN_AXES)
   rollouts = parsed.recipe.get('rollouts')

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import json
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,12 @@ def unknown(kind: str, name: Any, choices) -> ConfigError:
   near = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=3)
   hint = f' (did you mean {" or ".join(map(repr, near))}?)' if near else ''
   return ConfigError(f'{kind} {name!r} unknown{hint}; choose from {sorted(map(str, choices))}')
+
+
+def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> dict:
+  """A plain dictionary of the config, JSON types only."""
+  plain = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+  return json.loads(json.dumps(plain))
 
 
 def choose(kind: str, name: str, registry: Mapping[str, T]) -> T:

@@ -28,7 +28,7 @@ from srm_jax.data.records import content_hash
 from srm_jax.evaluate import evaluate, open_config
 from srm_jax.recipes import CONFIGS
 from srm_jax.recipes.context import DataConfig, find_task, worked_examples
-from srm_jax.train import TrainConfig, resolve, train
+from srm_jax.train import TrainConfig, train
 
 DONE = 'done.json'
 
@@ -188,7 +188,7 @@ def run_stage(name: str, section: Mapping[str, Any], workdir, done: Mapping[str,
     workdir: folder of the pipeline.
     done: the stages before it.
   """
-  section = resolve(section)
+  section = schema.resolve(section)
   run = schema.choose(f'stages.{name}.run', section['run'], RUNNERS)
   config = _substitute(section['config'], done, f'stages.{name}')
   folder = pathlib.Path(workdir).absolute() / f'{name}-{content_hash(_identity(config, done))[:10]}'
@@ -223,7 +223,7 @@ def check(config):
   """
   before: dict[str, Stage] = {}
   for name in config['order']:
-    section, where = resolve(schema.choose('stage', name, config['stages'])), f'stages.{name}'
+    section, where = schema.resolve(schema.choose('stage', name, config['stages'])), f'stages.{name}'
     folder = pathlib.Path(name)
     check_config = schema.choose(f'{where}.run', section['run'], CHECKS)
     check_config(_substitute(section['config'], before, where), f'{where}.config')

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import pathlib
 import signal
@@ -83,12 +82,6 @@ class _Setup(NamedTuple):
   tx: Any
 
 
-def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> dict:
-  """A plain dictionary of the config, JSON types only."""
-  plain = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
-  return json.loads(json.dumps(plain))
-
-
 def train(config: ml_collections.ConfigDict, workdir) -> Run:
   """Trains, or continues, the run of `config` in `workdir`.
 
@@ -100,7 +93,7 @@ def train(config: ml_collections.ConfigDict, workdir) -> Run:
     NonFiniteError: a loss or gradient is not finite. The last good state is saved as a checkpoint.
     KeyboardInterrupt: Ctrl-C or SIGTERM; the state is saved first.
   """
-  plain = resolve(config)
+  plain = schema.resolve(config)
   parsed = schema.parse(TrainConfig, plain, 'config')
   workdir = pathlib.Path(workdir)
   mesh = sharding.make_mesh(parsed.mesh)

@@ -23,7 +23,7 @@ from srm_jax import checkpoints, metrics, schema, stages
 from srm_jax.data import records
 from srm_jax.models import transformer, weights
 from srm_jax.models.config import TransformerConfig
-from srm_jax.train import resolve, train
+from srm_jax.train import train
 from tests.data import chats
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -37,7 +37,7 @@ def open_config(config):
   """Parses a config as what its keys say that it is."""
   kinds = {'stages': None, 'recipe': 'train', 'strategies': 'evaluate', 'sampling': 'annotate', 'k': 'cache'}
   kind = next(key for key in kinds if key in config)
-  return stages.check(config) if kind == 'stages' else stages.CHECKS[kinds[kind]](resolve(config), 'config')
+  return stages.check(config) if kind == 'stages' else stages.CHECKS[kinds[kind]](schema.resolve(config), 'config')
 
 
 @pytest.mark.parametrize('name', CONFIGS)

@@ -16,8 +16,8 @@ from srm_jax.data import records, tokenizer
 from srm_jax.losses.advantages import ADVANTAGES, group_relative
 from srm_jax.models import transformer
 from srm_jax.models.config import TransformerConfig, forward_flops, train_flops
-from srm_jax.schema import ConfigError
-from srm_jax.train import NonFiniteError, describe, resolve, step_flops, train
+from srm_jax.schema import ConfigError, resolve
+from srm_jax.train import NonFiniteError, describe, step_flops, train
 from srm_jax.train import _compiled_step as compiled_step
 from srm_jax.types import Batch, Recipe, SamplingParams
 from tests import tiny

@@ -8,10 +8,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . experiments/environment.sh
 
-size=full seeds=5 workdir='' out='' hasty=()
+size=full seeds=5 workdir='' out='' core=0 hasty=()
 for argument in "$@"; do
   case $argument in
-    --smoke) size=smoke seeds=1 hasty=(--hasty) ;;
+    --smoke) size=smoke seeds=1 core=-1 hasty=(--hasty) ;;  # any core: one task has twice the arms, and compiles
     --seeds=*) seeds=${argument#*=} ;;
     --workdir=*) workdir=${argument#*=} ;;
     --out=*) out=${argument#*=} ;;
@@ -24,7 +24,7 @@ prepare_environment
 mkdir -p "$workdir"
 
 export JAX_PLATFORMS=cpu
-core=0 processes=() everything=()
+processes=() everything=()
 trap 'kill "${processes[@]}" 2>/dev/null || true' EXIT
 for task in sums rewriting; do
   these=() studies='distillation_ablation logits_or_hidden'
@@ -39,7 +39,7 @@ for task in sums rewriting; do
   "$venv_python" -m experiments.study "${these[@]}" --seeds="$seeds" --workdir="$workdir" --core="$core" \
     ${hasty[@]+"${hasty[@]}"} >>"$workdir/$task.log" &
   processes+=($!)
-  core=$((core + 1))
+  [ "$size" = smoke ] || core=$((core + 1))
 done
 say "stages are listed in $workdir/sums.log and rewriting.log"
 failed=0

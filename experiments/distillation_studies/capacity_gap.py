@@ -9,9 +9,8 @@ from experiments.study import verdicts
 from experiments.study.cells import graded
 from srm_jax.evaluate import read_completions
 from srm_jax.recipes.context import DataConfig, load_problems
-from srm_jax.schema import parse
+from srm_jax.schema import parse, resolve
 from srm_jax.tasks import running_sums
-from srm_jax.train import resolve
 from srm_jax.types import Problem
 
 ARMS = ('forward_off', 'forward_on', 'reverse_on', 'minillm_on')

@@ -9,8 +9,7 @@ from experiments.distillation_studies.running import COLORS, Study, sampled_toke
 from experiments.study import measure, verdicts
 from experiments.study.cells import graded
 from srm_jax.recipes.context import DataConfig
-from srm_jax.schema import parse
-from srm_jax.train import resolve
+from srm_jax.schema import parse, resolve
 
 TARGETS = (0.5, 0.7, 0.87)
 JUDGED = 0.7

@@ -21,7 +21,7 @@ def open_config(config: str, seed: int):
 def path_of(config, workdir) -> pathlib.Path:
   """Where the cell of a config is written; another setting is another file."""
   from srm_jax.data.records import content_hash
-  from srm_jax.train import resolve
+  from srm_jax.schema import resolve
 
   run = {key: value for key, value in resolve(config).items() if key != 'claims'}  # judged later, from what was run
   return pathlib.Path(workdir) / 'cells' / f'{config.task}-{config.seed}-{content_hash(run)[:12]}.json'

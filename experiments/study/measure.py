@@ -19,8 +19,7 @@ from srm_jax.models import transformer
 from srm_jax.recipes.context import BatchConfig, Context, DataConfig, dataset, load_problems, open_data
 from srm_jax.recipes.layer_terms import layer_map
 from srm_jax.rollout import rollout
-from srm_jax.schema import parse
-from srm_jax.train import resolve
+from srm_jax.schema import parse, resolve
 from srm_jax.types import SamplingParams
 
 

@@ -14,7 +14,6 @@ from configs import quickstart
 from experiments.quickstart import __main__ as main
 from experiments.quickstart import calibrate, cases, estimate, findings, page, record, reference, sentences, table
 from srm_jax import schema, stages, statistics
-from srm_jax.train import resolve
 from tests.experiments import synthetic_line
 
 COUNT = 90
@@ -85,7 +84,7 @@ def test_strategies_count_all_samples_and_what_the_teacher_reads(found):
 
 @pytest.mark.parametrize('task', ['arithmetic_mix', 'gsm8k'])
 def test_steps_are_what_the_config_trains(task):
-  made = resolve(quickstart.get_config(f'task={task},size=smoke'))['stages']
+  made = schema.resolve(quickstart.get_config(f'task={task},size=smoke'))['stages']
   for name, step in findings.STEPS.items():
     config = made[name]['config']
     start = {'teacher': '', 'base': '', 'rl': findings.BEST}.get(name, '{base}')
@@ -349,7 +348,7 @@ def test_a_second_start_continues_the_first(tmp_path, monkeypatch, line):
   asked = []
 
   def run_stages(config, workdir, *, report):
-    asked.append(resolve(config))
+    asked.append(schema.resolve(config))
     for stage in line[1].values():
       (stage.workdir / 'done.json').write_text('{}')
       report(stage)

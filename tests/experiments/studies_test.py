@@ -11,7 +11,7 @@ import pytest
 from configs.studies import distillation_ablation, logits_or_hidden, teaching
 from experiments.study import cells, claims, measure
 from srm_jax import stages
-from srm_jax.train import resolve
+from srm_jax.schema import resolve
 
 STUDIES = {'distillation_ablation': distillation_ablation, 'logits_or_hidden': logits_or_hidden}
 

@@ -12,7 +12,7 @@ from srm_jax import evaluate, stages
 from srm_jax.models.config import TransformerConfig
 from srm_jax.rewards import Graded
 from srm_jax.tasks import TASKS
-from srm_jax.train import resolve
+from srm_jax.schema import resolve
 from srm_jax.types import Completion, Prompt, Spent
 
 TASK = TASKS['arithmetic_mix']
