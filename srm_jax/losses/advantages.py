@@ -3,7 +3,10 @@
 `ADVANTAGES` are fn(rewards [P, G], *, valid=None, ...) -> [P, G], over the G completions of each of P prompts. A
 completion that cannot be scored (valid 0; its reward may be NaN) is left out of the baseline and has advantage 0. A
 group without two different valid rewards, so also one with a single valid member, has advantages of exactly 0;
-`informative_groups` tells them apart. `gae` works on tokens and a value function, `whiten` on the tokens of a batch.
+`informative_groups` tells them apart.
+
+`TOKEN_ADVANTAGES` are fn(rewards [B, T], mask, *, values=None, ...) -> (advantages, returns), of rewards that tokens
+have: the grade at the last one, scores at the ends of steps, a penalty anywhere. `whiten` is for the tokens of a batch.
 All is float32, and no gradient flows into rewards or values.
 """
 
@@ -12,27 +15,46 @@ import jax
 import jax.numpy as jnp
 
 
-def group_relative(rewards, *, valid=None, ddof=1, eps=1e-6):
+SCALES = ('group', 'batch', 'none')
+
+
+def group_relative(rewards, *, valid=None, ddof=1, eps=1e-6, scale='group'):
   """Rewards standardised within the group.
 
-  (r_i - mean(r)) / (std(r) + eps)
+  (r_i - mean(r)) / (std + eps)
+
+  std is of the group; with scale 'batch' of all valid rewards of the batch, whatever their group, so that a group of
+  which nearly all are right or wrong weighs no more than others; with 'none' the difference stays as it is.
 
   Args:
     rewards: [P, G].
     valid: [P, G], 0 where a completion cannot be scored; None where all can.
     ddof: the variance divides by n - ddof, n the valid members: 1 in the published code, 0 is the population's.
     eps: added to the standard deviation.
+    scale: 'group', 'batch' or 'none'.
 
   Returns:
     [P, G] advantages, float32.
 
   Raises:
     AssertionError: if the shapes are not equal [P, G].
+    ValueError: scale is none of SCALES.
 
-  Reference: Shao et al., DeepSeekMath, arXiv 2402.03300.
+  Reference: Shao et al., DeepSeekMath, arXiv 2402.03300; 'batch': Liu et al., Tricks or Traps? A Deep Dive into RL for
+  LLM Reasoning, arXiv 2508.08221.
   """
+  if scale not in SCALES:
+    raise ValueError(f'scale {scale!r} of group_relative unknown; choose from {SCALES}')
   centred, size = _centred(rewards, valid)
-  variance = jnp.sum(jnp.square(centred), axis=-1, keepdims=True) / jnp.maximum(size - ddof, 1)
+  if scale == 'none':
+    return centred
+  if scale == 'batch':
+    rewards, keep = _scored(rewards, valid)
+    size = jnp.sum(size)
+    spread = jnp.where(keep, rewards - jnp.sum(rewards) / jnp.maximum(size, 1), 0.0)
+    variance = jnp.sum(jnp.square(spread)) / jnp.maximum(size - ddof, 1)
+  else:
+    variance = jnp.sum(jnp.square(centred), axis=-1, keepdims=True) / jnp.maximum(size - ddof, 1)
   # The inner where keeps 0 / 0 out when eps is 0; the numerator is 0 there.
   return centred / jnp.where(variance > 0, jnp.sqrt(variance) + eps, 1.0)
 
@@ -96,6 +118,59 @@ def informative_groups(rewards, *, valid=None):
   largest = jnp.max(jnp.where(keep, rewards, -jnp.inf), axis=-1)
   smallest = jnp.min(jnp.where(keep, rewards, jnp.inf), axis=-1)
   return largest > smallest
+
+
+def returns_to_go(rewards, mask, *, values=None, discount=1.0):
+  """What is still to come from each token on, without a baseline: REINFORCE; whitened it is REINFORCE++.
+
+  G_t = sum_{k >= 0} discount^k r_{t+k}, over the unmasked tokens
+
+  With rewards of 0 and 1 this is fine-tuning on what is right: online rejection sampling, STaR's outer loop.
+
+  Args:
+    rewards: [B, T] per-token rewards; those outside the mask are not seen.
+    mask: [B, T], 1 on sampled tokens.
+    values: unused.
+    discount: gamma.
+
+  Returns:
+    (G, G): [B, T], float32, 0 outside the mask.
+
+  Raises:
+    AssertionError: if the shapes are not equal [B, T].
+
+  Reference: Williams, Simple Statistical Gradient-Following Algorithms, 1992; Hu et al., REINFORCE++, arXiv 2501.03262.
+  """
+  del values
+  return gae(rewards, jnp.zeros_like(rewards), mask, discount=discount, trace_decay=1.0)
+
+
+def process_relative(rewards, ends, *, valid=None, ddof=1, eps=1e-6):
+  """Scores of steps, standardised over all steps of a group; a token is worth the steps that end at it or later.
+
+  A_t = sum_{s: end(s) >= t} (r_s - mean(R)) / (std(R) + eps),  R all steps of the group
+
+  Args:
+    rewards: [P, G, T], the score of a step at its last token.
+    ends: [P, G, T], 1 on the last tokens of steps.
+    valid: [P, G], 0 where a completion cannot be scored; None where all can.
+    ddof: as in `group_relative`.
+    eps: added to the standard deviation.
+
+  Returns:
+    [P, G, T] advantages, float32; all 0 in groups whose steps score alike.
+
+  Raises:
+    AssertionError: if the shapes do not fit.
+
+  Reference: Shao et al., DeepSeekMath (process supervision), arXiv 2402.03300.
+  """
+  chex.assert_rank([rewards, ends], 3)
+  chex.assert_equal_shape([rewards, ends])
+  steps = ends > 0 if valid is None else (ends > 0) & (valid > 0)[..., None]
+  flat = lambda array: array.reshape(len(array), -1)
+  relative = group_relative(flat(rewards), valid=flat(steps), ddof=ddof, eps=eps).reshape(rewards.shape)
+  return jnp.flip(jnp.cumsum(jnp.flip(relative, -1), -1), -1)
 
 
 def gae(rewards, values, mask, *, discount=1.0, trace_decay=0.95):
@@ -190,3 +265,10 @@ ADVANTAGES = {
     'centered': centered,
     'leave_one_out': leave_one_out,
 }
+
+
+def _gae(rewards, mask, *, values, discount=1.0, trace_decay=0.95):
+  return gae(rewards, values, mask, discount=discount, trace_decay=trace_decay)
+
+
+TOKEN_ADVANTAGES = {'returns_to_go': returns_to_go, 'gae': _gae}

@@ -6,6 +6,7 @@ With d = log pi_ref - log pi at a token sampled from pi:
   k1     -d               unbiased, high variance, any sign   0: do not put it into a loss
   k2     d^2 / 2          biased, low variance, >= 0          gradient of KL(pi || ref)
   k3     exp(d) - 1 - d   unbiased, low variance, >= 0        gradient of KL(ref || pi)
+  k3_straight_through      that of k3                         that of k2
 
 So an estimator is chosen by where the penalty sits: k1 in the reward, k2 in the loss for the gradient of the KL itself;
 GRPO puts k3 into the loss. The reference receives no gradient.
@@ -80,6 +81,27 @@ def k3(logprobs, reference_logprobs):
   return jnp.expm1(log_ratio) - log_ratio
 
 
+def k3_straight_through(logprobs, reference_logprobs):
+  """The value of k3 with the gradient of k2: reported without bias, and descended as the KL itself.
+
+  k2 + sg(k3 - k2)
+
+  Args:
+    logprobs: [B, T] policy log-probabilities of the sampled tokens.
+    reference_logprobs: [B, T] of the reference policy.
+
+  Returns:
+    [B, T] estimates, float32.
+
+  Raises:
+    AssertionError: if the shapes are not equal [B, T].
+
+  Reference: Zhang et al., On the Design of KL-Regularized Policy Gradient Algorithms, arXiv 2505.17508.
+  """
+  through = k2(logprobs, reference_logprobs)
+  return through + jax.lax.stop_gradient(k3(logprobs, reference_logprobs) - through)
+
+
 def _log_ratio(logprobs, reference_logprobs):
   """log(pi_ref / pi), float32 [B, T]."""
   chex.assert_rank([logprobs, reference_logprobs], 2)
@@ -87,4 +109,4 @@ def _log_ratio(logprobs, reference_logprobs):
   return jax.lax.stop_gradient(reference_logprobs).astype(jnp.float32) - logprobs.astype(jnp.float32)
 
 
-KL_ESTIMATORS = {'k1': k1, 'k2': k2, 'k3': k3}
+KL_ESTIMATORS = {'k1': k1, 'k2': k2, 'k3': k3, 'k3_straight_through': k3_straight_through}

@@ -153,8 +153,9 @@ def gspo(
 
   s = exp(mean_t log rho_t),  s_t = sg(s) pi_t / sg(pi_t);  -min(s_t A, clip(s_t, 1 - clip_low, 1 + clip_high) A)
 
-  The paper's objective is its `sequence_mean_token_mean`. While the policy is its own sampler, s = 1 and this is
-  `clipped` under that reduction.
+  The paper's objective is its `sequence_mean_token_mean`. Where a completion has one advantage, values and gradients
+  are those of the sequence form -min(s A, clip(s) A); this one (GSPO-token) takes an advantage for every token as well.
+  While the policy is its own sampler, s = 1 and this is `clipped` under that reduction.
 
   Args:
     logprobs: [B, T] log-probabilities of the sampled tokens under the policy that is trained; one completion a row.
@@ -182,6 +183,65 @@ def gspo(
   logprobs = _masked(logprobs, mask)
   ratio = sequence_ratio * jnp.exp(logprobs - jax.lax.stop_gradient(logprobs))
   return _pessimistic(ratio, _constant(advantages, mask), clip_low, clip_high)
+
+
+def sapo(logprobs, sampler_logprobs, advantages, mask, *, old_logprobs=None, positive=1.0, negative=1.05):
+  """A soft gate in the place of the clip: the gradient fades as the ratio leaves 1, and fades faster where A < 0.
+
+  -(4 / tau) sigmoid(tau (rho - 1)) A,  tau = positive where A > 0, else negative
+
+  Args:
+    logprobs: [B, T] log-probabilities of the sampled tokens under the policy that is trained.
+    sampler_logprobs: [B, T] as recorded while sampling.
+    advantages: [B, T].
+    mask: [B, T], 1 on sampled tokens.
+    old_logprobs: [B, T] of pi_old; None takes sampler_logprobs.
+    positive: temperature of the gate where the advantage is positive.
+    negative: where it is not.
+
+  Returns:
+    [B, T] values, float32.
+
+  Raises:
+    AssertionError: if the shapes are not equal [B, T].
+    ValueError: if a temperature is not positive.
+
+  Reference: Gao et al., Soft Adaptive Policy Optimization, arXiv 2511.20347.
+  """
+  _assert_shapes(logprobs, sampler_logprobs, advantages, mask, old_logprobs)
+  if min(positive, negative) <= 0:
+    raise ValueError(f'positive {positive} and negative {negative} of sapo are temperatures; they must be positive')
+  ratio = jnp.exp(_log_ratio(logprobs, sampler_logprobs, mask, old_logprobs))
+  advantages = _constant(advantages, mask)
+  tau = jnp.where(advantages > 0, positive, negative)
+  return -4 / tau * jax.nn.sigmoid(tau * (ratio - 1)) * advantages
+
+
+def truncated_importance(old_logprobs, sampler_logprobs, mask, *, cap=2.0):
+  """Weights that correct a surrogate around pi_old for tokens that another program (or precision) sampled.
+
+  min(pi_old / pi_sampler, cap)
+
+  Args:
+    old_logprobs: [B, T] of the trainer, before the update.
+    sampler_logprobs: [B, T] as recorded while sampling.
+    mask: [B, T], 1 on sampled tokens.
+    cap: bounds the variance, at the price of a bias.
+
+  Returns:
+    [B, T] weights, float32, without gradient, 1 outside the mask.
+
+  Raises:
+    AssertionError: if the shapes are not equal [B, T].
+    ValueError: if cap is not positive.
+
+  Reference: Yao et al., Your Efficient RL Framework Secretly Brings You Off-Policy RL Training, 2025; Espeholt et al.,
+  IMPALA, arXiv 1802.01561.
+  """
+  _assert_shapes(old_logprobs, sampler_logprobs, mask, mask, None)
+  if cap <= 0:
+    raise ValueError(f'cap {cap} of the importance weights must be positive; 2 is usual')
+  return jax.lax.stop_gradient(jnp.minimum(jnp.exp(_log_ratio(old_logprobs, sampler_logprobs, mask, None)), cap))
 
 
 def _pessimistic(ratio, advantages, clip_low, clip_high):
@@ -222,4 +282,5 @@ SURROGATES = {
     'clipped': clipped,
     'cispo': cispo,
     'gspo': gspo,
+    'sapo': sapo,
 }

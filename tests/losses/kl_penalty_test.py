@@ -16,6 +16,7 @@ EXPECTED = {
     'k1': (0.4219152477, np.zeros(4)),
     'k2': (0.4839513466, REVERSE_GRADIENT),
     'k3': (0.4219152477, FORWARD_GRADIENT),
+    'k3_straight_through': (0.4219152477, REVERSE_GRADIENT),
 }
 
 

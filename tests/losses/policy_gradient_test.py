@@ -177,8 +177,33 @@ def test_contract(name):
         ('clipped', {'dual_clip': 1.0}),
         ('cispo', {'max_ratio': 0.0}),
         ('gspo', {'clip_high': -1e-4}),
+        ('sapo', {'positive': 0.0}),
     ],
 )
 def test_bad_options_raise(name, options):
   with pytest.raises(ValueError, match=f'{next(iter(options))}.* of {name}'):
     SURROGATES[name](LOGPROBS, OLD, ADVANTAGES, MASK, **options)
+
+
+@pytest.mark.parametrize('advantage, tau', [(1.0, 1.0), (-1.0, 1.05)])
+@pytest.mark.parametrize('ratio', [0.5, 1.0, 1.5])
+def test_sapo_fades_as_the_ratio_leaves_one(advantage, tau, ratio):
+  """d/d log pi of -(4 / tau) sigmoid(tau (rho - 1)) A is -4 s (1 - s) rho A: the policy gradient where rho is 1."""
+  ones = jnp.ones((1, 1))
+  loss = lambda logprobs: policy_gradient.sapo(logprobs, -ones, advantage * ones, ones)[0, 0]
+  value, gradient = jax.value_and_grad(loss)(jnp.log(ratio) - ones)
+  gate = 1 / (1 + np.exp(-tau * (ratio - 1)))
+  np.testing.assert_allclose(value, -4 / tau * gate * advantage, rtol=1e-5)
+  np.testing.assert_allclose(gradient[0, 0], -4 * gate * (1 - gate) * ratio * advantage, rtol=1e-5)
+
+
+def test_importance_weights_are_ratios_up_to_a_cap():
+  old, sampler = jnp.log(jnp.array([[0.5, 0.3, 0.2]])), jnp.log(jnp.array([[0.4, 0.1, jnp.nan]]))
+  weights = policy_gradient.truncated_importance(old, sampler, jnp.array([[1, 1, 0]]))
+  np.testing.assert_allclose(weights, [[1.25, 2.0, 1.0]], rtol=1e-6)
+  wide = policy_gradient.truncated_importance(old, sampler, jnp.array([[1, 1, 0]]), cap=5.0)
+  np.testing.assert_allclose(wide, [[1.25, 3.0, 1.0]], rtol=1e-6)
+  gradient = jax.grad(lambda x: policy_gradient.truncated_importance(x, OLD, MASK).sum())(LOGPROBS)
+  np.testing.assert_array_equal(gradient, jnp.zeros_like(LOGPROBS))
+  with pytest.raises(ValueError, match='cap 0.0 of the importance weights'):
+    policy_gradient.truncated_importance(LOGPROBS, OLD, MASK, cap=0.0)
