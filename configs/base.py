@@ -99,10 +99,17 @@ def batch(size=32, length=128, packing='plan'):
   return ConfigDict(dict(size=size, length=length, packing=packing))
 
 
-def rollouts(*, prompts=32, samples=8, length=192, max_new_tokens=128, temperature=1.0):
+def rollouts(
+    *, prompts=32, samples=8, length=192, max_new_tokens=128, temperature=1.0, cut='learn', order='uniform',
+    order_options=None, dynamic=None, patience=100,
+):
+  """order: which problems come when (srm_jax.recipes.difficulty); dynamic=dict(prompts=, rounds=) drops groups that tell
+  nothing, and samples on.
+  """
   return ConfigDict(dict(
       prompts=prompts, samples=samples, length=length, max_new_tokens=max_new_tokens, temperature=temperature,
-      top_k=0, top_p=1.0,
+      top_k=0, top_p=1.0, cut=cut, order=dict(name=order, options=order_options or {}), dynamic=dynamic,
+      patience=patience,
   ))
 
 
@@ -219,14 +226,35 @@ def on_policy_distill(teacher, data, rollouts, loss, *, mixing=None):
   ))
 
 
-def grpo(data, rollouts, *, kl=0.0, reference='', clip_high=0.2):
+def reward(kind, weight=1.0, **options):
+  """One summand of a reward, from srm_jax.rewards.REWARDS."""
+  return dict(kind=kind, weight=weight, options=options)
+
+
+def choice(name, **options):
+  return dict(name=name, options=options)
+
+
+def policy_gradient(
+    data, rollouts, *, advantage=None, surrogate=None, reduction=None, rewards=None, whiten=False, truncation=None,
+    kl=0.0, estimator='k3', place='loss', reference='', corrected=False, entropy=0.0, critic=None, epochs=1,
+    minibatches=1,
+):
+  """GRPO where nothing else is said; critic=dict(coef=, clip=) for advantage 'gae'."""
   return ConfigDict(dict(
-      name='policy_gradient', data=data, rollouts=rollouts,
-      advantage=dict(name='group_relative', options=dict(ddof=1, eps=1e-6)),
-      surrogate=dict(name='clipped', options=dict(clip_low=0.2, clip_high=clip_high)),
-      reduction=dict(name='sequence_mean_token_mean', options={}),
-      kl=dict(coef=kl, estimator='k3', reference=reference), head_chunk=None,
+      name='policy_gradient', data=data, rollouts=rollouts, rewards=rewards or {},
+      advantage=advantage or choice('group_relative', ddof=1, eps=1e-6), whiten=whiten,
+      surrogate=surrogate or choice('clipped', clip_low=0.2, clip_high=0.2), truncation=truncation,
+      reduction=reduction or choice('sequence_mean_token_mean'),
+      kl=dict(coef=kl, estimator=estimator, place=place, reference=reference, corrected=corrected), entropy=entropy,
+      critic=critic, updates=dict(epochs=epochs, minibatches=minibatches), head_chunk=None,
   ))
+
+
+def grpo(data, rollouts, *, kl=0.0, reference='', clip_high=0.2):
+  return policy_gradient(
+      data, rollouts, surrogate=choice('clipped', clip_low=0.2, clip_high=clip_high), kl=kl, reference=reference,
+  )
 
 
 def annotate(teacher, data, sampling, *, batch_size=256, chunk=256, cache_k=0):

@@ -7,12 +7,13 @@ import numpy as np
 
 from srm_jax.data import packing
 from srm_jax.data.prompting import Prompting
-from srm_jax.rewards import Graded, grade, reward_arrays
-from srm_jax.types import Batch, Generate, Problem, Rollouts, SamplingParams
+from srm_jax.rewards import Graded, grade, known_arrays, reward_arrays
+from srm_jax.types import Batch, Generate, Outcomes, Problem, Rollouts, SamplingParams
 
 
 def rollout(
-    generate: Generate, prompting: Prompting, problems: Sequence[Problem], sampling: SamplingParams,
+    generate: Generate, prompting: Prompting, problems: Sequence[Problem], sampling: SamplingParams, *,
+    grade: Callable[..., list[Graded]] = grade,
 ) -> list[list[Graded]]:
   """One group of `sampling.samples` graded completions a problem, in order."""
   completions = generate([prompting.prompt(problem) for problem in problems], sampling)
@@ -48,6 +49,19 @@ def to_rollouts(
       batch=batch, sampler_logprobs=aligned([row.logprobs for row in rows]), advantages=advantages,
       rewards=rewards.reshape(-1), valid=valid.reshape(-1),
       group=np.repeat(np.arange(len(groups), dtype=np.int32), len(groups[0])),
+      outcomes=outcomes([one for group in groups for one in group]),
+  )
+
+
+def outcomes(rows: Sequence[Graded]) -> Outcomes:
+  """What came of graded completions; nothing is drawn beside them."""
+  correct, graded = known_arrays([[one.correct for one in rows]])
+  parts = {name: known_arrays([[one.parts[name] for one in rows]]) for name in rows[0].parts}
+  return Outcomes(
+      lengths=np.array([len(one.completion.tokens) for one in rows], np.float32),
+      finished=np.array([one.completion.finished for one in rows], np.float32),
+      right=graded[0] * (correct[0] > 0.5), wrong=graded[0] * (correct[0] <= 0.5),
+      parts={name: (values[0], known[0]) for name, (values, known) in parts.items()}, drawn={},
   )
 
 
@@ -63,9 +77,9 @@ def from_data(batch: Batch) -> Rollouts:
 
 
 def all_sampled(rollouts: Rollouts) -> Rollouts:
-  """The same rows with the fields of `from_data`: `sampled` 1, advantages 0 where there were none."""
+  """The same rows with the fields of `from_data`: `sampled` 1, advantages 0 where there were none, no outcomes."""
   advantages = np.zeros_like(rollouts.sampler_logprobs) if rollouts.advantages is None else rollouts.advantages
-  return rollouts._replace(advantages=advantages, sampled=np.ones_like(rollouts.rewards))
+  return rollouts._replace(advantages=advantages, sampled=np.ones_like(rollouts.rewards), outcomes=None)
 
 
 def beside(rollouts: Rollouts, batch: Batch) -> Rollouts:

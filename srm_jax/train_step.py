@@ -121,8 +121,9 @@ def build_train_step(
   """
 
   def step(state: TrainState, batch, frozen, rng):
+    models = frozen if state.ema is None else {**frozen, 'average': state.ema}
     loss, grads, metrics = value_and_grad(
-        objective, state.params, batch, frozen, rng, step=state.step, microbatches=microbatches
+        objective, state.params, batch, models, rng, step=state.step, microbatches=microbatches
     )
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)

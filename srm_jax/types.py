@@ -43,13 +43,29 @@ class Batch(NamedTuple):
   sources: Array | None = None
 
 
+class Outcomes(NamedTuple):
+  """What came of completions, for metrics alone; fields are [B].
+
+  lengths: sampled tokens. finished: 0 where the length limit cut it. right, wrong: by the task's grade, both 0 where
+  there is none. parts: {name: (value, 1 where it is known)} of a weighted reward. drawn: {name: its share of a total over
+  all that was sampled for the step}, kept or dropped.
+  """
+
+  lengths: Array
+  finished: Array
+  right: Array
+  wrong: Array
+  parts: Mapping[str, tuple[Array, Array]]
+  drawn: Mapping[str, Array]
+
+
 class Rollouts(NamedTuple):
   """Completions of the student, one a row, as a batch with what on-policy objectives need.
 
   batch: fields [B, T]; loss_mask is 1 on tokens that the model sampled.
   sampler_logprobs, old_logprobs, advantages, reference_logprobs: [B, T]. rewards, valid, group: [B].
   valid is 0 where a completion cannot be scored; group numbers the prompts. sampled: [B], 0 on rows that a data set
-  put beside what the student wrote; None where it wrote all of them. Unused fields are None.
+  put beside what the student wrote; None where it wrote all of them. outcomes: for metrics. Unused fields are None.
   """
 
   batch: Batch
@@ -63,6 +79,7 @@ class Rollouts(NamedTuple):
   values: Array | None = None
   returns: Array | None = None
   sampled: Array | None = None
+  outcomes: Outcomes | None = None
 
 
 class CachedBatch(NamedTuple):
@@ -87,7 +104,8 @@ class TrainState(NamedTuple):
 class Objective(NamedTuple):
   """What a recipe minimises.
 
-  terms(params, batch, frozen, rng) -> ({term: (weight, total)}, {metric: Mean | Max}).
+  terms(params, batch, frozen, rng) -> ({term: (weight, total)}, {metric: Mean | Max}). frozen holds, beside the recipe's
+  models, 'average': the running average of params, where the run keeps one.
   denominators(batch) -> {term: count}, from masks alone, on the global batch.
   The loss is the sum over terms of weight * total / count.
   resolved: what a run prints at its start (estimator, denominator, mask rule, temperature).

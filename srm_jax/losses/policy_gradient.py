@@ -244,6 +244,39 @@ def truncated_importance(old_logprobs, sampler_logprobs, mask, *, cap=2.0):
   return jax.lax.stop_gradient(jnp.minimum(jnp.exp(_log_ratio(old_logprobs, sampler_logprobs, mask, None)), cap))
 
 
+def clipped_value(values, old_values, returns, mask, *, clip=None):
+  """Squared error of a critic; with a clip, of the worse of two values, so that none is pulled further than it.
+
+  max((V - G)^2, (clip(V, V_old - clip, V_old + clip) - G)^2) / 2
+
+  Args:
+    values: [B, T] of the critic that is trained.
+    old_values: [B, T] of the critic before the update.
+    returns: [B, T], G.
+    mask: [B, T], 1 on sampled tokens.
+    clip: how far a value may move from the old one, or None.
+
+  Returns:
+    [B, T] values, float32, 0 outside the mask.
+
+  Raises:
+    AssertionError: if the shapes are not equal [B, T].
+    ValueError: if clip is not positive.
+
+  Reference: Schulman et al., Proximal Policy Optimization Algorithms, arXiv 1707.06347; the clip: Engstrom et al.,
+  Implementation Matters in Deep Policy Gradients, arXiv 2005.12729.
+  """
+  _assert_shapes(values, old_values, returns, mask, None)
+  values, old_values, returns = _masked(values, mask), _constant(old_values, mask), _constant(returns, mask)
+  error = jnp.square(values - returns)
+  if clip is None:
+    return 0.5 * error
+  if clip <= 0:
+    raise ValueError(f'clip {clip} of clipped_value must be positive; 0.2 is usual, None is no clip')
+  near = jnp.clip(values, old_values - clip, old_values + clip)
+  return 0.5 * jnp.maximum(error, jnp.square(near - returns))
+
+
 def _pessimistic(ratio, advantages, clip_low, clip_high):
   """-min(ratio A, clip(ratio) A), whatever the sign of A."""
   return jnp.maximum(-ratio * advantages, -jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages)

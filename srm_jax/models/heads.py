@@ -1,4 +1,4 @@
-"""What reads hidden states: the unembedding, and projectors between widths."""
+"""What reads hidden states: the unembedding, projectors between widths, and a scalar head."""
 
 import jax
 import jax.numpy as jnp
@@ -25,3 +25,17 @@ def logits(config: TransformerConfig, params: Params, hidden: jax.Array) -> jax.
 def init_projector(rng: jax.Array, student_dim: int, teacher_dim: int) -> jax.Array:
   """A [Ds, Dt] matrix that keeps the scale of unit-variance features."""
   return jax.random.normal(rng, (student_dim, teacher_dim), jnp.float32) / jnp.sqrt(student_dim)
+
+
+def init_value_head(rng: jax.Array, embed_dim: int) -> Params:
+  """A [D] vector and a bias; scores of unit-variance features begin with unit variance.
+
+  Reference: Stiennon et al., Learning to Summarize from Human Feedback, arXiv:2009.01325.
+  """
+  kernel = jax.random.normal(rng, (embed_dim,), jnp.float32) / jnp.sqrt(embed_dim + 1)
+  return {'kernel': kernel, 'bias': jnp.zeros((), jnp.float32)}
+
+
+def value(head: Params, hidden: jax.Array) -> jax.Array:
+  """hidden [..., D] -> float32 [...]: a reward or a value of the text up to and with each token."""
+  return jnp.matmul(hidden.astype(jnp.float32), head['kernel'], precision='highest') + head['bias']

@@ -48,6 +48,8 @@ def objective(inner: Objective, config: TransformerConfig, adapter: AdapterConfi
   """The same objective of adapters, over frozen[BASE]."""
 
   def terms(params, batch, frozen, rng):
+    if 'average' in frozen:
+      frozen = {**frozen, 'average': joined(config, adapter, frozen['average'], frozen[BASE])}
     return inner.terms(joined(config, adapter, params, frozen[BASE]), batch, frozen, rng)
 
   trained, whole = adapters.num_adapter_params(config, adapter), num_params(config)

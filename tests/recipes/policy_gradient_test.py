@@ -149,7 +149,8 @@ def test_every_choice_builds_and_says_what_it_is(config):
   resolved = recipe.objective.resolved
   assert resolved['advantage'].startswith(config.advantage.name)
   assert resolved['surrogate'].startswith(config.surrogate.name)
-  assert recipe.objective.denominators(tiny.random_rollouts())['policy'] > 0
+  prepared = recipe.objective.prepare(tiny.random_rollouts(), 0)
+  assert recipe.objective.denominators(prepared)['policy'] > 0
 
 
 @pytest.mark.parametrize('estimator', KL_ESTIMATORS)
