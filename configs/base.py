@@ -77,11 +77,11 @@ def prompt(
 
 def data(
     task='arithmetic_mix', split='train', *, count=1000, seed=1, records='', target='solution', pass_rate=None,
-    prompting=None,
+    budget=None, prompting=None,
 ):
   return ConfigDict(dict(
       task=task, split=split, count=count, seed=seed, records=records, target=target, pass_rate=pass_rate,
-      prompt=prompting or prompt(), mix={},
+      budget=budget, prompt=prompting or prompt(), mix={},
   ))
 
 
@@ -103,8 +103,8 @@ def rollouts(
     *, prompts=32, samples=8, length=192, max_new_tokens=128, temperature=1.0, cut='learn', order='uniform',
     order_options=None, dynamic=None, patience=100,
 ):
-  """order: which problems come when (srm_jax.recipes.difficulty); dynamic=dict(prompts=, rounds=) drops groups that tell
-  nothing, and samples on.
+  """order: which problems come when (srm_jax.recipes.difficulty); dynamic=dict(prompts=, rounds=) drops groups that
+  tell nothing, and samples on.
   """
   return ConfigDict(dict(
       prompts=prompts, samples=samples, length=length, max_new_tokens=max_new_tokens, temperature=temperature,

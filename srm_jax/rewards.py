@@ -92,7 +92,7 @@ def length_max(seen: Seen, *, alpha: float = 3e-4, delta: float = 0.5) -> float 
 
 
 def cosine(
-    seen: Seen, *, max_length: int, right: tuple = (1.0, 0.5), wrong: tuple = (-1.0, -0.5)
+    seen: Seen, *, max_length: int, right: tuple = (1.0, 0.5), wrong: tuple = (-1.0, -0.5),
 ) -> float | None:
   """A grade that moves with the length along half a cosine: right answers are better short, wrong ones better long.
 
@@ -168,7 +168,7 @@ def make_grade(parts: Mapping[str, Part], *, seconds: float = 10.0) -> Callable[
       if value is None or math.isfinite(value):
         return value
       reason = f'gave {value}'
-    except Exception as error:  # noqa: BLE001  a reward is the user's code: whatever it raises costs one completion
+    except (Exception, _TookTooLong) as error:  # a reward is the user's code: what it raises costs one completion
       reason = f'raised {error!r}'
     if name not in reported:
       reported.add(name)
@@ -190,8 +190,8 @@ def make_grade(parts: Mapping[str, Part], *, seconds: float = 10.0) -> Callable[
   return make
 
 
-class _TookTooLong(Exception):
-  """A reward did not come back in time."""
+class _TookTooLong(BaseException):
+  """A reward did not come back in time. No Exception, which a reward may catch."""
 
 
 @contextlib.contextmanager

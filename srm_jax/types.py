@@ -47,8 +47,8 @@ class Outcomes(NamedTuple):
   """What came of completions, for metrics alone; fields are [B].
 
   lengths: sampled tokens. finished: 0 where the length limit cut it. right, wrong: by the task's grade, both 0 where
-  there is none. parts: {name: (value, 1 where it is known)} of a weighted reward. drawn: {name: its share of a total over
-  all that was sampled for the step}, kept or dropped.
+  there is none. parts: {name: (value, 1 where it is known)} of a weighted reward. drawn: {name: its share of a total
+  over all that was sampled for the step}, kept or dropped.
   """
 
   lengths: Array
@@ -104,8 +104,8 @@ class TrainState(NamedTuple):
 class Objective(NamedTuple):
   """What a recipe minimises.
 
-  terms(params, batch, frozen, rng) -> ({term: (weight, total)}, {metric: Mean | Max}). frozen holds, beside the recipe's
-  models, 'average': the running average of params, where the run keeps one.
+  terms(params, batch, frozen, rng) -> ({term: (weight, total)}, {metric: Mean | Max}). frozen holds, beside the
+  recipe's models, 'average': the running average of params, where the run keeps one.
   denominators(batch) -> {term: count}, from masks alone, on the global batch.
   The loss is the sum over terms of weight * total / count.
   resolved: what a run prints at its start (estimator, denominator, mask rule, temperature).

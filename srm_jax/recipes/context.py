@@ -14,8 +14,9 @@ from srm_jax.data.tokenizer import Tokenizer, same_vocabulary
 from srm_jax.models.config import TransformerConfig
 from srm_jax.models.transformer import Transformer, variables
 from srm_jax.recipes import schedules
+from srm_jax.rewards import BUDGET
 from srm_jax.tasks import TASKS
-from srm_jax.tasks.task import Task
+from srm_jax.tasks.task import Task, stable_hash
 from srm_jax.types import Batch, Problem, Source
 
 
@@ -35,7 +36,8 @@ class DataConfig:
   task, split, count, seed: problems of a task, generated or read. records: a file of annotations, which replaces
   split, count and seed. target: what is learnt, from TARGETS; of right annotations only, unless it is 'unfiltered_...';
   'conversation' learns the assistants' turns of a file of conversations. pass_rate: (lowest, highest) share of right
-  answers among the annotations of a problem, or None. prompt: how problems are put. mix: {name: PartConfig}, in the
+  answers among the annotations of a problem, or None. budget: numbers of tokens, one of which every problem asks for;
+  None asks for none. prompt: how problems are put. mix: {name: PartConfig}, in the
   place of all else: `count` examples in exact shares, drawn by `seed`; with count 0 every row of a batch is of one
   part, all of whose examples are read, and the shares may change over the run.
   """
@@ -47,6 +49,7 @@ class DataConfig:
   records: str
   target: str
   pass_rate: tuple | None
+  budget: tuple | None
   prompt: PromptConfig
   mix: Mapping[str, Any]
 
@@ -185,12 +188,23 @@ def parts_of(data: DataConfig) -> dict[str, PartConfig]:
 
 
 def load_problems(data: DataConfig) -> list[Problem]:
-  """The problems that the data section names (of the annotations' file where one is given)."""
+  """The problems that the data section names (of the annotations' file where one is given), with their budgets."""
   if data.mix or data.target == 'conversation':
     raise schema.ConfigError('a mix and conversations are there to be learnt; what samples or grades needs problems')
   if data.records:
-    return list({a.problem.id: a.problem for a in records.read(data.records)}.values())
-  return find_task(data.task).problems(data.split, count=data.count or None, seed=data.seed)
+    found = list({a.problem.id: a.problem for a in records.read(data.records)}.values())
+  else:
+    found = find_task(data.task).problems(data.split, count=data.count or None, seed=data.seed)
+  return [_budgeted(problem, data) for problem in found] if data.budget else found
+
+
+def _budgeted(problem: Problem, data: DataConfig) -> Problem:
+  """The problem with a request for so many tokens, which rewards of length read from its metadata (LCPO)."""
+  tokens = data.budget[stable_hash(f'{data.seed} {problem.id}') % len(data.budget)]
+  return dataclasses.replace(
+      problem, question=f'{problem.question.strip()} Think for {tokens} tokens.',
+      metadata={**problem.metadata, BUDGET: tokens},
+  )
 
 
 def open_data(data: DataConfig, tokenizer: Tokenizer) -> Prompting:

@@ -31,7 +31,8 @@ def finisher(config, context: Context, reference) -> Callable[[Params, Rollouts]
     ConfigError: an unknown advantage or option.
   """
   kinds = ADVANTAGES | TOKEN_ADVANTAGES
-  advantage = schema.bind('advantage', config.advantage.name, config.advantage.options, kinds, given=('valid', 'values'))
+  choice = config.advantage
+  advantage = schema.bind('advantage', choice.name, choice.options, kinds, given=('valid', 'values'))
   several = config.updates.epochs * config.updates.minibatches > 1
   asked = {'old_logprobs': several and config.truncation is not None, 'values': config.critic is not None}
   penalised = config.kl.place == 'reward' and config.kl.coef

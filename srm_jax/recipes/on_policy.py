@@ -70,7 +70,8 @@ class RolloutConfig:
       raise ValueError(f'cut is {self.cut!r}; choose from {CUT}')
     if self.dynamic and self.dynamic.prompts * self.dynamic.rounds < self.prompts:
       raise ValueError(
-          f'dynamic: {self.dynamic.rounds} rounds of {self.dynamic.prompts} prompts do not fill a step of {self.prompts}'
+          f'dynamic: {self.dynamic.rounds} rounds of {self.dynamic.prompts} prompts are fewer than the {self.prompts} '
+          'of a step'
       )
 
 
@@ -203,7 +204,9 @@ def _watch(now: dict, groups, patience: int):
   now['still'] = 0 if any(informative(group) for group in groups) else now['still'] + 1
   if patience and now['still'] >= patience:
     known = [one.reward for group in groups for one in group if one.reward is not None]
-    seen = f'all rewards of a group were alike (mean {np.mean(known):.3g})' if known else 'no completion could be scored'
+    seen = 'no completion could be scored'
+    if known:
+      seen = f'all rewards of a group were alike (mean {np.mean(known):.3g})'
     raise schema.ConfigError(
         f'for {patience} steps in a row {seen}, so nothing was learnt; fix: problems of another difficulty '
         "(rollouts.order.name='pass_rates', rollouts.dynamic), more rollouts.samples, a higher rollouts.temperature, a "

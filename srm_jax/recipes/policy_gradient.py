@@ -1,10 +1,11 @@
 """On-policy RL: four choices (advantage, surrogate, reduction, KL), and what goes with them.
 
-  loss = reduction( w_t surrogate(log q(y_t), log q_old(y_t), A_t) ) + kl_coef reduction( k(log q(y_t), log q_ref(y_t)) )
-         - entropy_coef reduction( H(q) ) + critic.coef reduction( value loss )
+  loss = reduction( w_t surrogate(log q(y_t), log q_old(y_t), A_t) )
+         + kl.coef reduction( k(log q(y_t), log q_ref(y_t)) )
+         - entropy reduction( H(q) ) + critic.coef reduction( value loss )
 
-log q is at the sampling temperature. q_old is the sampler's; with `truncation` it is the trainer's before the update, and
-w_t = min(q_old / q_sampler, truncation). The KL stands in the loss, or with place='reward' in the reward.
+log q is at the sampling temperature. q_old is the sampler's; with `truncation` it is the trainer's before the update,
+and w_t = min(q_old / q_sampler, truncation). The KL stands in the loss, or with place='reward' in the reward.
 Left out: several hosts, packed rows.
 Reference: Shao et al., DeepSeekMath (GRPO), arXiv:2402.03300; Liu et al., Dr. GRPO, arXiv:2503.20783; Schulman et al.,
 PPO, arXiv:1707.06347. configs/rl/ has a preset for every paper.
@@ -45,9 +46,9 @@ AVERAGE = 'average'
 class KLConfig:
   """Penalty to a reference policy.
 
-  coef: a number, or in the loss a schedule; 0 loads no reference. estimator: of KL_ESTIMATORS. place: 'loss', or 'reward'
-  (k1 of each token is taken off its reward). reference: workdir of the model; 'average' is the running average of the
-  policy itself, config.ema_decay. corrected: in the loss, times q / q_old, for tokens of an older policy.
+  coef: a number, or in the loss a schedule; 0 loads no reference. estimator: of KL_ESTIMATORS. place: 'loss', or
+  'reward' (k1 of each token is taken off its reward). reference: workdir of the model; 'average' is the running average
+  of the policy itself, by config.ema_decay. corrected: in the loss, times q / q_old, for tokens of an older policy.
   """
 
   coef: Any
@@ -79,9 +80,9 @@ class CriticConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PolicyGradientConfig:
-  """rewards: {name: kind, weight, options}; empty takes the task's grade. whiten: advantages get mean 0 and deviation 1
-  over the sampled tokens. truncation: cap of the weights between sampler and trainer; None goes without. entropy: weight
-  of the bonus, a number or a schedule. critic: None but for advantage 'gae'.
+  """rewards: {name: kind, weight, options}; empty takes the task's grade. whiten: advantages get mean 0 and deviation
+  1 over the sampled tokens. truncation: cap of the weights between sampler and trainer; None goes without. entropy:
+  weight of the bonus, a number or a schedule. critic: None but for advantage 'gae'.
   """
 
   name: str
@@ -136,7 +137,7 @@ def objective(config: PolicyGradientConfig, model, reference_model=None) -> Obje
         old_logprobs=old,
     )
     values = {'policy': follow(scores['logprobs'])}
-    metrics = {**on_policy.metrics(rollouts), **_diagnostics(scores, rollouts, old), **_followed(follow, scores, rollouts)}
+    metrics = on_policy.metrics(rollouts) | _diagnostics(scores, rollouts, old) | _followed(follow, scores, rollouts)
     if config.truncation is not None:
       importance = truncated_importance(old, rollouts.sampler_logprobs, mask, cap=config.truncation)
       values['policy'] = importance * values['policy']
@@ -262,7 +263,8 @@ def build(section, context: Context) -> Recipe:
   frozen = {'reference': (reference.config, reference.params)} if reference and config.kl.place == 'loss' else {}
   extra = None
   if config.critic is not None:
-    extra = lambda rng: {'value_head': jax.tree.map(jnp.zeros_like, heads.init_value_head(rng, context.model.embed_dim))}
+    fresh = functools.partial(heads.init_value_head, embed_dim=context.model.embed_dim)
+    extra = lambda rng: {'value_head': jax.tree.map(jnp.zeros_like, fresh(rng))}  # so that it begins without opinions
   return Recipe(made, updates.repeated(drawn, config.updates, context.seed, finish=finish), frozen, extra)
 
 
@@ -271,7 +273,7 @@ def _check(config: PolicyGradientConfig, context: Context):
   rows = config.rollouts.prompts * config.rollouts.samples
   if rows % config.updates.minibatches:
     raise schema.ConfigError(
-        f'updates.minibatches={config.updates.minibatches} does not divide the {rows} rows of rollouts.prompts x samples'
+        f'updates.minibatches={config.updates.minibatches} does not divide the {rows} rows of prompts x samples'
     )
   if (config.critic is None) == (config.advantage.name == 'gae'):
     raise schema.ConfigError("advantage 'gae' and a critic need each other; fix: recipe.critic, or another advantage")

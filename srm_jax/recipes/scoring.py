@@ -23,4 +23,4 @@ def score(model, params, batch, *, temperature, chunk, value_head=None):
   head = lm_head.Head(hidden, heads.unembedding(params))
   fn = functools.partial(token_scores, temperature=temperature)
   found = lm_head.per_token(fn, head, batch.targets, chunk=chunk, mesh=sharding.current_mesh())
-  return found if value_head is None else {**found, 'values': heads.values(value_head, hidden)}
+  return found if value_head is None else {**found, 'values': heads.value(value_head, hidden)}

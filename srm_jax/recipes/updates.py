@@ -2,8 +2,8 @@
 
   turn, place = divmod(step, epochs * minibatches)
 
-A turn samples with the parameters at its start; each of its epochs goes through all rows in an order of its own. What is
-left of a turn is part of the state, so that a run stopped in the middle of one continues it.
+A turn samples with the parameters at its start; each of its epochs goes through all rows in an order of its own. What
+is left of a turn is part of the state, so that a run stopped in the middle of one continues it.
 """
 
 import base64
