@@ -158,3 +158,157 @@ def test_every_estimator_builds(estimator):
   config = section()
   config.kl.estimator = estimator
   assert policy_gradient.build(config, CONTEXT).frozen == {}
+
+
+# The terms by themselves: the policy is a table of log-probabilities, one for every token of the batch.
+
+
+@pytest.fixture
+def table(monkeypatch):
+  """A model whose parameters are the log-probabilities; entropy and values are told apart from them."""
+
+  def score(model, params, batch, *, temperature, chunk, value_head=None):
+    del model, batch, temperature, chunk
+    return {'logprobs': params, 'entropy': -params, 'values': value_head}
+
+  monkeypatch.setattr(policy_gradient, 'score', score)
+
+
+ROLLOUTS = tiny.random_rollouts()
+INSIDE, TOKENS = ROLLOUTS.batch.loss_mask > 0, ROLLOUTS.batch.loss_mask.sum()
+RNG = np.random.default_rng(7)
+MOVED = (ROLLOUTS.sampler_logprobs + RNG.normal(0, 0.3, INSIDE.shape) * INSIDE).astype(np.float32)
+REFERENCE = (ROLLOUTS.sampler_logprobs + RNG.normal(0, 0.5, INSIDE.shape) * INSIDE).astype(np.float32)
+
+
+def run(params, *, frozen=None, rollouts=ROLLOUTS, step=0, microbatches=1, **options):
+  options = {'reduction': base.choice('token_mean'), 'surrogate': base.choice('importance_sampling'), **options}
+  config = base.policy_gradient(tiny.data('parity'), tiny.rollouts(), **options)
+  objective = policy_gradient.objective(schema.parse(policy_gradient.PolicyGradientConfig, config, 'recipe'), MODEL)
+  params = params if isinstance(params, dict) else {'model': params}
+  key = jax.random.key(0)
+  return value_and_grad(objective, params, rollouts, frozen or {}, key, step=step, microbatches=microbatches)
+
+
+def mean(values):
+  return np.where(INSIDE, values, 0).sum() / TOKENS
+
+
+def policy_loss(moved=MOVED):
+  return -mean(np.exp(moved - ROLLOUTS.sampler_logprobs) * ROLLOUTS.advantages)
+
+
+def test_the_bonus_of_entropy_is_a_term_of_its_own(table):
+  loss, grads, metrics = run(MOVED, entropy=0.1)
+  assert loss == pytest.approx(policy_loss() - 0.1 * mean(-MOVED), rel=1e-5)
+  assert float(metrics['loss/entropy'].total / metrics['loss/entropy'].count) == pytest.approx(mean(MOVED), rel=1e-5)
+  without = run(MOVED)[1]['model']
+  np.testing.assert_allclose(grads['model'] - without, 0.1 * INSIDE / TOKENS, atol=1e-6)
+
+
+def test_tokens_of_another_program_are_weighed(table):
+  """One update a batch: the ratio is 1, and min(q / q_sampler, cap) stands before the policy gradient."""
+  loss, grads, metrics = run(MOVED, truncation=1.2)
+  weights = np.minimum(np.exp(MOVED - ROLLOUTS.sampler_logprobs), 1.2)
+  assert (weights[INSIDE] == np.float32(1.2)).any() and (weights[INSIDE] < 1).any()
+  np.testing.assert_allclose(grads['model'], -weights * ROLLOUTS.advantages * INSIDE / TOKENS, atol=1e-6)
+  assert loss == pytest.approx(-mean(weights * ROLLOUTS.advantages), rel=1e-5)
+  assert float(metrics['importance'].total) == pytest.approx(weights[INSIDE].sum(), rel=1e-5)
+  assert metrics['ratio_max'].value == 1
+
+
+def test_with_several_updates_the_ratio_is_to_the_trainer_before_them(table):
+  old = ROLLOUTS.sampler_logprobs + np.float32(0.1) * INSIDE
+  loss, _, _ = run(MOVED, truncation=2.0, rollouts=ROLLOUTS._replace(old_logprobs=old))
+  expected = -mean(np.exp(0.1) * np.exp(MOVED - old) * ROLLOUTS.advantages)
+  assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_penalty_may_be_corrected_for_an_older_policy(table):
+  gap = REFERENCE - MOVED
+  k3, ratio = np.exp(gap) - gap - 1, np.exp(MOVED - ROLLOUTS.sampler_logprobs)
+  frozen = {'reference': REFERENCE}
+  for corrected, expected in ((False, mean(k3)), (True, mean(k3 * ratio))):
+    loss, _, metrics = run(MOVED, kl=0.2, corrected=corrected, frozen=frozen)
+    assert loss == pytest.approx(policy_loss() + 0.2 * expected, rel=1e-4)
+    assert float(metrics['kl'].total) / TOKENS == pytest.approx(mean(k3), rel=1e-4)
+
+
+def test_the_running_average_may_be_the_reference(table):
+  options = dict(kl=0.2, reference='average')
+  found = run(MOVED, frozen={'average': {'model': REFERENCE}}, **options)[0]
+  assert found == pytest.approx(float(run(MOVED, kl=0.2, frozen={'reference': REFERENCE})[0]), rel=1e-6)
+  with pytest.raises(schema.ConfigError, match='fix: config.ema_decay > 0'):
+    run(MOVED, **options)
+
+
+def test_weights_of_terms_follow_their_schedules(table):
+  falling = {'name': 'linear', 'start': 0.4, 'end': 0.0, 'steps': 10}
+  losses = [float(run(MOVED, kl=falling, frozen={'reference': REFERENCE}, step=step)[0]) for step in (0, 5, 10)]
+  assert losses[2] == pytest.approx(policy_loss(), rel=1e-5)
+  assert losses[0] - losses[2] == pytest.approx(2 * (losses[1] - losses[2]), rel=1e-4)
+
+
+def test_a_critic_learns_the_returns(table):
+  values = RNG.normal(size=INSIDE.shape).astype(np.float32)
+  old = values - RNG.normal(0, 0.2, INSIDE.shape).astype(np.float32)
+  returns = RNG.normal(size=INSIDE.shape).astype(np.float32)
+  rollouts = ROLLOUTS._replace(values=old, returns=returns)
+  params = {'model': MOVED, 'value_head': values}
+  near = np.clip(values, old - 0.1, old + 0.1)
+  worse = np.maximum((values - returns) ** 2, (near - returns) ** 2)
+  options = dict(advantage=base.choice('gae'), rollouts=rollouts)
+  loss, grads, metrics = run(params, critic=dict(coef=0.5, clip=0.1), **options)
+  assert loss == pytest.approx(policy_loss() + 0.25 * mean(worse), rel=1e-4)
+  assert float(metrics['value_error'].total) / TOKENS == pytest.approx(mean((values - returns) ** 2), rel=1e-4)
+  loss, grads, _ = run(params, critic=dict(coef=0.5, clip=None), **options)
+  np.testing.assert_allclose(grads['value_head'], 0.5 * (values - returns) * INSIDE / TOKENS, atol=1e-6)
+
+
+@pytest.mark.parametrize('surrogate, low, high', [
+    (base.choice('clipped', clip_low=0.1, clip_high=0.15), 0.9, 1.15), (base.choice('cispo', max_ratio=1.2), 0, np.inf),
+])
+def test_what_a_clip_takes_away_is_counted(table, surrogate, low, high):
+  metrics = run(MOVED, surrogate=surrogate)[2]
+  ratio, advantages = np.exp(MOVED - ROLLOUTS.sampler_logprobs), ROLLOUTS.advantages
+  rate = lambda name: float(metrics[name].total) / float(metrics[name].count)
+  assert rate('clip_high') == pytest.approx(mean((advantages > 0) & (ratio > high)), abs=1e-6)
+  assert rate('clip_low') == pytest.approx(mean((advantages < 0) & (ratio < low)), abs=1e-6)
+  assert (rate('clip_high') > 0) == (high < np.inf)
+  assert metrics['ratio_max'].value == pytest.approx(ratio[INSIDE].max(), rel=1e-5)
+
+
+def test_all_terms_together_do_not_depend_on_microbatches(monkeypatch):
+  """Here what the policy says of a token follows from the token, so that it is cut with the batch."""
+  def score(model, params, batch, *, temperature, chunk, value_head=None):
+    said = params * batch.targets.astype(jnp.float32) / 64 - 4.2
+    values = None if value_head is None else value_head * batch.targets / 64.0
+    return {'logprobs': said, 'entropy': -said, 'values': values}
+
+  monkeypatch.setattr(policy_gradient, 'score', score)
+  rollouts = ROLLOUTS._replace(values=ROLLOUTS.advantages, returns=2 * ROLLOUTS.advantages)
+  params = {'model': jnp.float32(0.3), 'value_head': jnp.float32(0.7)}
+  options = dict(
+      kl=0.2, entropy=0.05, truncation=1.5, advantage=base.choice('gae'), critic=dict(coef=0.5, clip=0.1),
+      surrogate=base.choice('clipped'), frozen={'reference': jnp.float32(-0.1)}, rollouts=rollouts,
+      reduction=base.choice('sequence_mean_token_mean'),
+  )
+  whole, parts = (run(params, microbatches=count, **options) for count in (1, 4))
+  assert whole[0] == pytest.approx(float(parts[0]), rel=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), whole[1], parts[1])
+  for name, one in whole[2].items():
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, parts[2][name])
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(advantage=base.choice('gae')), "advantage 'gae' and a critic need each other"),
+    (dict(critic=dict(coef=0.5, clip=None)), "advantage 'gae' and a critic need each other"),
+    (dict(minibatches=3), 'updates.minibatches=3 does not divide the 8 rows'),
+    (dict(kl=0.1, place='rewards'), "place is 'rewards'; choose from"),
+    (dict(kl=0.1, place='reward', reference='average', estimator='k1'), "'average' is there in the loss alone"),
+    (dict(kl=0.1, place='reward'), "in the reward the estimator is 'k1', not 'k3'"),
+    (dict(entropy='much'), "config.recipe.entropy is 'much'; give a number, or a schedule"),
+])
+def test_what_does_not_fit_together_is_refused(change, message):
+  with pytest.raises(schema.ConfigError, match=message):
+    policy_gradient.build(base.policy_gradient(tiny.data('parity'), tiny.rollouts(), **change), CONTEXT)
