@@ -4,9 +4,11 @@ import importlib
 import math
 import pathlib
 
+import numpy as np
 import pytest
 
 from configs import base
+from srm_jax import checkpoints
 from srm_jax.models.config import TransformerConfig
 from srm_jax.train import train
 from tests import tiny
@@ -78,3 +80,23 @@ def test_a_preset_takes_its_steps(name, start, tmp_path):
   if CHOICES[name][3] == 'reward':
     assert abs(run.metrics[0]['kl']) < 1e-3  # the reference is where it starts
   assert ('value_head' in run.params) == (name == 'ppo')
+
+
+@pytest.mark.parametrize('name, changes', [
+    ('dapo', {}), ('ppo', {}), ('grpo', {'order': dict(name='pass_rates', options={})}),
+], ids=['carried groups', 'inner epochs and a critic', 'pass rates'])
+def test_a_stopped_run_continues_to_the_same_bits(name, changes, start, tmp_path):
+  config = preset(name, f'start={start},smoke')
+  config.recipe.data.update(task='parity', count=12)
+  config.recipe.rollouts.update(cut='learn', **changes)
+  if name == 'dapo':
+    config.recipe.rollouts.dynamic.prompts = 5  # more than a step needs, so that some are carried
+  config.model = base.model(**{**tiny.MODEL, 'max_length': 256})
+  config.update(num_steps=5, log_every=1, progress=False, checkpoint_every=0)
+  whole = train(config, tmp_path / 'whole')
+  with tiny.stopped_after(3):
+    train(config, tmp_path / 'stopped')
+  again = train(config, tmp_path / 'stopped')
+  assert checkpoints.fingerprint(again.params) == checkpoints.fingerprint(whole.params)
+  numbers = [[{**row, 'seconds_per_step': 0} for row in run.metrics] for run in (whole, again)]
+  np.testing.assert_equal(*numbers)
