@@ -3,7 +3,8 @@
 python -m experiments.report --dirs=runs/a,runs/b [--metrics=loss,token_accuracy] [--csv=all_steps.csv]
 python -m experiments.report --dirs=runs/sweep --compare=test_rl.greedy:test_sft_gold.greedy
 
-Shows every run's last step with the config keys in which the runs differ, and every sweep's accuracies and comparisons.
+Shows every run's last step with the config keys in which the runs differ, the alarms of RL runs, and every sweep's
+accuracies and comparisons.
 """
 
 import json
@@ -49,6 +50,7 @@ def run(folders, metrics, csv, compare):
     frame.to_csv(csv, index=False)
     console.print(f'{csv}: {len(frame)} rows', highlight=False)
   show(report.runs_table(frame, metrics), 'runs', console)
+  show(report.alarms_table(frame), 'alarms: what to look at (experiments.rollouts shows completions)', console)
 
 
 def launch():

@@ -18,7 +18,7 @@ import ml_collections
 import numpy as np
 import pandas as pd
 
-from srm_jax import evaluate, metrics, schema, statistics
+from srm_jax import alarms, evaluate, metrics, schema, statistics
 from srm_jax.data.records import content_hash
 from srm_jax.stages import Stage
 
@@ -360,6 +360,15 @@ def runs_table(frame: pd.DataFrame, names: Sequence[str]) -> Table:
       for _, row in last.iterrows()
   ]
   return ['run', 'step', *names, *(key.removeprefix('config.') for key in keys)], rows
+
+
+def alarms_table(frame: pd.DataFrame) -> Table:
+  """What rang while the runs of a frame trained (srm_jax.alarms), each alarm where it rang first."""
+  rows = [
+      [run, str(alarm.step), alarm.name, alarm.seen, alarm.cause, alarm.fix]
+      for run in frame['run'].unique() for alarm in alarms.replay(metrics.read(run))
+  ]
+  return ['run', 'step', 'alarm', 'seen', 'likely', 'change'], rows
 
 
 def markdown(table: Table) -> str:

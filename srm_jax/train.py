@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from srm_jax import checkpoints, diagnostics, metrics, optimizers, schema, sharding
+from srm_jax import alarms, checkpoints, diagnostics, metrics, optimizers, schema, sharding
 from srm_jax.data import tokenizer as tokenizers
 from srm_jax.models import adapters, transformer, weights
 from srm_jax.models.adapters import AdapterConfig
@@ -320,6 +320,7 @@ def _loop(setup: _Setup, workdir, saved) -> TrainState:
   step_fn = _compiled_step(setup, state)
   start = int(state.step)
   writer = metrics.open_writer(workdir, step=start)
+  watch = alarms.watcher(metrics.read(workdir))
   bar = metrics.progress(config.recipe['name'], config.num_steps, done=start, disable=not config.progress)
   key, collected, clock, pending = jax.random.key(config.seed), [], time.perf_counter(), None
   with _Interrupts() as interrupts, bar:
@@ -340,6 +341,8 @@ def _loop(setup: _Setup, workdir, saved) -> TrainState:
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
         row |= {'flops': flops, 'seconds_per_step': seconds / len(collected)}
         writer.write(step + 1, row)
+        for alarm in watch({'step': step + 1, **row}):
+          _LOG.warning('%s', alarms.message(alarm))
         collected = []
         bar.advance(0, loss=row['loss'])
       bar.advance(1)

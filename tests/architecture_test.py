@@ -21,6 +21,7 @@ FLOORS = {
   'srm_jax.inference': 2, 'srm_jax.data': 2, 'srm_jax.tasks': 2,
   'srm_jax.rollout': 3, 'srm_jax.rewards': 3, 'srm_jax.train_step': 3, 'srm_jax.optimizers': 3,
   'srm_jax.checkpoints': 3, 'srm_jax.metrics': 3, 'srm_jax.statistics': 3, 'srm_jax.diagnostics': 3,
+  'srm_jax.alarms': 3,
   'srm_jax.recipes': 4,
   'srm_jax.train': 5, 'srm_jax.annotate': 5, 'srm_jax.evaluate': 5, 'srm_jax.plan': 5, 'srm_jax.report': 5,
   'srm_jax.cache_teacher': 5, 'srm_jax.stages': 5, 'srm_jax.hlo': 5, 'srm_jax.export': 5, 'srm_jax.inspection': 5,

@@ -37,6 +37,14 @@ def test_load_gives_a_row_a_run_and_step_with_the_config_flattened(tmp_path):
     report.runs_table(frame, ['los'])
 
 
+def test_alarms_are_those_of_every_run_where_they_rang_first(tmp_path):
+  _run(tmp_path / 'rl', [{'step': i, 'reward': 0.0, 'unscorable': 0.3 * (2 <= i < 14)} for i in range(1, 31)])
+  _run(tmp_path / 'sft', [{'step': i, 'loss': 0.0, 'unscorable': 1.0} for i in range(1, 31)])
+  header, rows = report.alarms_table(report.load(tmp_path))
+  assert [dict(zip(header, row))['alarm'] for row in rows] == ['unscorable'] and len(header) == len(rows[0])
+  assert rows[0][:2] == [str(tmp_path / 'rl'), '10'] and 'config.recipe.data' in rows[0][-1]
+
+
 def test_load_says_which_folder_is_missing_or_empty(tmp_path):
   with pytest.raises(FileNotFoundError, match='nowhere'):
     report.load([tmp_path, tmp_path / 'nowhere'])

@@ -67,6 +67,15 @@ def test_devices_that_are_full_say_what_to_do(tmp_path, monkeypatch):
     train(SFT(), tmp_path / 'other')
 
 
+def test_an_alarm_is_logged_once_and_says_what_to_change(tmp_path, caplog):
+  """An untrained model answers no sum rightly."""
+  config = tiny.train(base.grpo(tiny.data('sums'), tiny.rollouts()), num_steps=12)
+  with caplog.at_level('WARNING', logger='srm_jax.train'):
+    train(config, tmp_path)
+  rung = [record.getMessage() for record in caplog.records if 'alarm no_variance' in record.getMessage()]
+  assert len(rung) == 1 and 'equal rewards within every group of steps 1 to 10' in rung[0] and 'too hard' in rung[0]
+
+
 @pytest.mark.parametrize('name, config, after', [('sft', SFT, 1), ('sft', SFT, 2), ('grpo', GRPO, 2)])
 def test_a_stopped_run_continues_bit_for_bit(finished, tmp_path, name, config, after):
   before = signal.getsignal(signal.SIGINT)  # ignored where the tests run in the background of a shell
