@@ -200,13 +200,14 @@ def _differences(old, new, where='config') -> list[str]:
 
 
 class Model(NamedTuple):
-  """A trained model read from a workdir, or a published one (step 0)."""
+  """A trained model read from a workdir, or a published one (step 0). extra: what was trained beside it, by name."""
 
   config: TransformerConfig
   params: Params
   tokenizer: Any
   step: int
   fingerprint: str
+  extra: Params
 
 
 def is_published(folder) -> bool:
@@ -260,7 +261,7 @@ def _as_config_error(function, argument):
     raise ConfigError(str(error)) from error
 
 
-def load_model(folder, *, dtype: str | None = None) -> Model:
+def load_model(folder, *, dtype: str | None = None, step: int | None = None) -> Model:
   """The model of a run's newest checkpoint, or a published one, on the current mesh (or one device).
 
   A run that trained adapters gives its base with the adapters merged in; the base must still be where it was.
@@ -268,23 +269,24 @@ def load_model(folder, *, dtype: str | None = None) -> Model:
   Args:
     folder: workdir of a run, or folder of a published model.
     dtype: what the parameters are cast to; None keeps theirs.
+    step: of a run's checkpoint to take in the newest one's place.
 
   Raises:
-    ConfigError: no model or no finished checkpoint in the folder, or one that is damaged or not supported.
+    ConfigError: no model or no such finished checkpoint in the folder, or one that is damaged or not supported.
   """
   config, tokenizer = model_config(folder), model_tokenizer(folder)
   if is_published(folder):
     config, params = _as_config_error(functools.partial(weights.load_pretrained, dtype=dtype), folder)
-    return Model(config, params, tokenizer, 0, fingerprint(params))
+    return Model(config, params, tokenizer, 0, fingerprint(params), {})
   section = adapters_of(folder)
-  if section is None:
-    step, saved = _newest(folder, {'model': transformer.param_names(config)})
-    params = saved['model']
-  else:
-    step, trained = load_adapters(folder)
-    params = _merged(folder, config, section, trained)
+  own, names = 'model', transformer.param_names(config)
+  if section is not None:
+    own, names = 'adapters', adapters.adapter_names(config, section)
+  step, saved = _saved(folder, {own: names}, step)
+  params = saved['model'] if section is None else _merged(folder, config, section, saved['adapters'])
   params = place(config, params, dtype)
-  return Model(config, params, tokenizer, step, fingerprint(params))
+  extra = {name: tree for name, tree in saved.items() if name != own}
+  return Model(config, params, tokenizer, step, fingerprint(params), extra)
 
 
 def load_adapters(folder) -> tuple[int, Params]:
@@ -296,21 +298,24 @@ def load_adapters(folder) -> tuple[int, Params]:
   config, section = model_config(folder), adapters_of(folder)
   if section is None:
     raise ConfigError(f'{folder} trained no adapters (config.adapters.rank is 0)')
-  step, saved = _newest(folder, {'adapters': adapters.adapter_names(config, section)})
+  step, saved = _saved(folder, {'adapters': adapters.adapter_names(config, section)})
   return step, saved['adapters']
 
 
-def _newest(folder, names: Params) -> tuple[int, Params]:
-  """(step, parameters) of the newest checkpoint below a workdir."""
+def _saved(folder, names: Params, step: int | None = None) -> tuple[int, Params]:
+  """(step, parameters) of the checkpoint of a step below a workdir; None for the newest."""
   checkpoints = open_checkpoints(folder)
   steps = sorted(checkpoints.manager.all_steps(), reverse=True)
   if not steps:
     raise ConfigError(f'{folder} has no finished checkpoint; let its training run save one first')
+  step = steps[0] if step is None else step
+  if step not in steps:
+    raise ConfigError(f'{folder} keeps no checkpoint of step {step}; choose from {steps}')
   try:
-    return steps[0], checkpoints.restore_params(steps[0], names)
+    return step, checkpoints.restore_params(step, names)
   except Exception as error:  # as in restore_latest
     raise ConfigError(
-        f'checkpoint {steps[0]} of {folder} is damaged ({str(error)[:200]}); '
+        f'checkpoint {step} of {folder} is damaged ({str(error)[:200]}); '
         'run its training again, it falls back by itself'
     ) from error
   finally:

@@ -126,17 +126,17 @@ def score(config: TransformerConfig, params: Params, batch: Batch) -> Scores:
 
 
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-  """What every token adds to the text, or its name where that is nothing; see `_readable`."""
+  """What every token adds to the text, or its name where that is nothing; see `readable`."""
   texts = []
   for place, token in enumerate(map(int, ids)):
     before = tokenizer.decode([int(i) for i in ids[max(0, place - 1) : place]])
     both = tokenizer.decode([int(i) for i in ids[max(0, place - 1) : place + 1]])
     text = both[len(before) :] if both.startswith(before) else tokenizer.decode([token])
-    texts.append(_readable(tokenizer, token, text))
+    texts.append(readable(tokenizer, token, text))
   return texts
 
 
-def _readable(tokenizer: Tokenizer, token: int, text: str) -> str:
+def readable(tokenizer: Tokenizer, token: int, text: str) -> str:
   """The text of a token, or a name for one that has none by itself: end of text, padding, part of a character."""
   if text and '\ufffd' not in text:
     return text
@@ -173,7 +173,7 @@ def _row_tokens(seen: Inspection, batch: Batch, row: int) -> list[dict[str, Any]
 def _top(tokenizer: Tokenizer, scores: Scores, row: int, place: int) -> list[tuple[str, float]]:
   pairs = zip(scores.top_ids[row, place], scores.top_probs[row, place])
   return [
-      (_readable(tokenizer, int(token), tokenizer.decode([int(token)])), round(float(prob), 5))
+      (readable(tokenizer, int(token), tokenizer.decode([int(token)])), round(float(prob), 5))
       for token, prob in pairs
   ]
 

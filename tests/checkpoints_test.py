@@ -198,6 +198,21 @@ def test_load_model_of_a_workdir(trained):
   assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(model.params)} == {1}
 
 
+def test_load_model_of_a_step(tmp_path):
+  checkpoints.describe_model(tmp_path, MODEL, 'byte')
+  opened = checkpoints.open_checkpoints(tmp_path)
+  models = [jax.jit(transformer.init_params, static_argnums=0)(MODEL, jax.random.key(i)) for i in (1, 2)]
+  for step, model in enumerate(models, start=1):
+    opened.save(TrainState(jnp.int32(step), {'model': model}, {}), META)
+  opened.close()
+  for step, model in ((None, models[1]), (1, models[0]), (2, models[1])):
+    found = checkpoints.load_model(tmp_path, step=step)
+    assert found.step == (step or 2)
+    assert_equal(found.params, model)
+  with pytest.raises(ConfigError, match=r'keeps no checkpoint of step 3; choose from \[2, 1\]'):
+    checkpoints.load_model(tmp_path, step=3)
+
+
 def test_load_model_puts_it_on_the_current_mesh(trained):
   workdir, params = trained
   with jax.set_mesh(sharding.make_mesh((1, 4, 2))):

@@ -11,6 +11,7 @@ The bytes of a token do not depend on its neighbours. Decoders that strip a spac
 look at the place: there the bytes have that space in front, as the tokens have.
 """
 
+import codecs
 import functools
 import json
 import pathlib
@@ -43,6 +44,31 @@ def token_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bytes]:
   """
   table = vocabulary_bytes(tokenizer)
   return [table[i] if 0 <= i < len(table) else b'' for i in ids]
+
+
+def whole_characters(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[str, int]]:
+  """A text to be shown token by token: the shortest runs of tokens that hold whole characters.
+
+  Args:
+    tokenizer, ids: as of `token_bytes`.
+
+  Returns:
+    [(text, number of tokens)]; a token without bytes is ('', 1), bytes that are no character are U+FFFD.
+
+  Raises:
+    ValueError: see `vocabulary_bytes`.
+  """
+  decoder = codecs.getincrementaldecoder('utf-8')('replace')
+  runs, text, count = [], '', 0
+  for spelled in [*token_bytes(tokenizer, ids), b'']:
+    if spelled:
+      text, count = text + decoder.decode(spelled), count + 1
+    if count and not (spelled and decoder.getstate()[0]):  # nothing, or nothing more, is missing of a character
+      runs.append((text + decoder.decode(b'', final=True), count))
+      text, count = '', 0
+    if not spelled:
+      runs.append(('', 1))
+  return runs[:-1]
 
 
 def vocabulary_bytes(tokenizer: Tokenizer) -> tuple[bytes, ...]:

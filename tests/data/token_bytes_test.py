@@ -33,6 +33,27 @@ def lossless(request, tmp_path_factory):
   return tokenizer.load(chats.save_family(folder, name))
 
 
+def test_runs_of_whole_characters_spell_the_text(lossless):
+  split = 0
+  for text in TEXTS[:5] + [text for text in HARD if text]:
+    ids = lossless.encode(text)
+    runs = token_bytes.whole_characters(lossless, ids)
+    assert ''.join(part for part, _ in runs) == text and sum(count for _, count in runs) == len(ids)
+    split += sum(count > 1 for _, count in runs)
+    assert all(count <= 4 for _, count in runs)  # no character has more bytes
+  assert split or lossless.name.endswith('.model')
+
+
+def test_what_is_no_character_ends_a_run():
+  loaded = tokenizer.load('byte')
+  cases = {
+      (195, 169, 65): [('é', 2), ('A', 1)], (195, 65): [('\ufffdA', 2)], (65, 195): [('A', 1), ('\ufffd', 1)],
+      (195, loaded.eos_id, 169): [('\ufffd', 1), ('', 1), ('\ufffd', 1)], (): [], (loaded.eos_id,): [('', 1)],
+  }
+  for ids, runs in cases.items():
+    assert token_bytes.whole_characters(loaded, ids) == runs
+
+
 def test_pieces_spell_the_text(lossless):
   decomposed = [unicodedata.normalize('NFD', text) for text in TEXTS[:5]]
   for text in ALL_TEXTS + TEXTS[:20] + ['<think>1</think>'] + decomposed:
