@@ -82,6 +82,21 @@ class Rollouts(NamedTuple):
   outcomes: Outcomes | None = None
 
 
+class Pairs(NamedTuple):
+  """Completions in pairs, one a row: rows 2i and 2i + 1 are the chosen and the rejected one of pair i.
+
+  batch: fields [B, T]; loss_mask is 1 on tokens of completions. weights: [B], alike within a pair, 0 where a pair says
+  nothing. mismatched: prompts with completions of another pair, [B, T]. rewards: [B], the mean of the group that a row
+  was chosen from; sampled: [B], completions that were sampled for it. Unused fields are None.
+  """
+
+  batch: Batch
+  weights: Array
+  mismatched: Batch | None = None
+  rewards: Array | None = None
+  sampled: Array | None = None
+
+
 class CachedBatch(NamedTuple):
   """A Batch with what a cached teacher predicts at its supervised positions; what stands elsewhere means nothing.
 
@@ -124,8 +139,8 @@ class Objective(NamedTuple):
 class Source(NamedTuple):
   """Where batches come from.
 
-  next(params, step) -> Batch | CachedBatch | Rollouts; a data set ignores params, a rollout source samples with them
-  and keeps no reference to them past the call.
+  next(params, step) -> Batch | CachedBatch | Rollouts | Pairs; a data set ignores params, a rollout source samples with
+  them and keeps no reference to them past the call.
   get_state() -> JSON-serialisable cursor; set_state(state) restores it exactly.
   """
 
