@@ -257,6 +257,22 @@ def grpo(data, rollouts, *, kl=0.0, reference='', clip_high=0.2):
   )
 
 
+# Of the papers; gamma is a margin of rewards, not of mean log-probabilities.
+PREFERENCE_OPTIONS = {
+    'dpo': dict(beta=0.1, label_smoothing=0.0), 'ipo': dict(beta=0.1), 'simpo': dict(beta=2.0, gamma=1.0),
+    'kto': dict(beta=0.1, desirable_weight=1.0, undesirable_weight=1.0), 'orpo': dict(beta=0.1),
+}
+
+
+def preference(data, *, loss='dpo', batch=None, rollouts=None, reference='', per_problem=4, **options):
+  """batch for pairs of annotations, rollouts for pairs that the student samples; options: of the loss."""
+  return ConfigDict(dict(
+      name='preference', data=data, batch=batch, rollouts=rollouts, per_problem=per_problem,
+      loss=dict(name=loss, options={**PREFERENCE_OPTIONS.get(loss, {}), **options}), reference=reference,
+      head_chunk=None,
+  ))
+
+
 def annotate(teacher, data, sampling, *, batch_size=256, chunk=256, cache_k=0):
   """cache_k above 0 caches so many of the teacher's next tokens for the right annotations, in WORKDIR/cache."""
   return ConfigDict(dict(

@@ -24,7 +24,7 @@ from srm_jax.models.config import TransformerConfig
 from srm_jax.recipes import RECIPES
 from srm_jax.recipes.context import Context, forward
 from srm_jax.train import TrainConfig
-from srm_jax.types import Batch, Params, Recipe, Rollouts
+from srm_jax.types import Batch, Pairs, Params, Recipe, Rollouts
 
 TOP = 5
 CHUNK = 256  # positions whose logits are held at once
@@ -44,7 +44,7 @@ class Inspection(NamedTuple):
   """The next batch on the host, cut to the rows shown, and what models think of it.
 
   origin: where the student's parameters come from. supervised, fill: of the whole batch. scores: {'student': ..., and
-  every frozen model}. sequences: Rollouts or Batch, `rows` of `total_rows`.
+  every frozen model}. sequences: Rollouts, Pairs or Batch, `rows` of `total_rows`.
   """
 
   origin: str
@@ -53,7 +53,7 @@ class Inspection(NamedTuple):
   supervised: int
   fill: float
   total_rows: int
-  sequences: Batch | Rollouts
+  sequences: Batch | Rollouts | Pairs
   scores: Mapping[str, Scores]
   tokenizer: Tokenizer
 
@@ -211,6 +211,8 @@ def _row(sequences, number: int, tokens) -> str:
   head = f'row {number}: {len(tokens)} tokens, {supervised} supervised, {segments} segments'
   if isinstance(sequences, Rollouts):
     head += _rollout_facts(sequences, number)
+  if isinstance(sequences, Pairs):
+    head += f' | {("chosen", "rejected")[number % 2]} of pair {number // 2}, weight {sequences.weights[number]:g}'
   longest = max((token['position'] for token in tokens), default=0) or 1
   spans = ''.join(_span(place, token, longest) for place, token in enumerate(tokens))
   return f'<section><h2>{html.escape(head)}</h2><p class="row" data-row="{number}">{spans}</p></section>'

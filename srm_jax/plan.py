@@ -15,21 +15,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from jax.sharding import PartitionSpec
 
-from srm_jax import checkpoints, hlo, optimizers, schema, sharding
-from srm_jax.data import alignment
+from srm_jax import hlo, optimizers, schema, sharding
 from srm_jax.data import tokenizer as tokenizers
 from srm_jax.models import adapters, transformer
 from srm_jax.models.config import TransformerConfig, forward_flops, train_flops
-from srm_jax.models.families import PRESETS
-from srm_jax.recipes import (
-    adapted, cached, context, cross_tokenizer, distill, on_policy, on_policy_distill, policy_gradient, sft, teachers,
-)
+from srm_jax.recipes import adapted
+from srm_jax.recipes.abstract import RECIPES, Abstract
 from srm_jax.train import TrainConfig, trained_names
 from srm_jax.train_step import build_train_step, init_state
-from srm_jax.types import Batch, CachedBatch, Objective, Rollouts, TrainState
+from srm_jax.types import TrainState
 
 GIB = 2**30
 
@@ -88,17 +84,6 @@ class Plan(NamedTuple):
   memory: Memory
   collectives: dict[str, hlo.Traffic] | None
   roofline: Roofline | None
-
-
-class _Abstract(NamedTuple):
-  """A recipe without its data: objective, {name: TransformerConfig} of frozen models, a batch of shapes, extra
-  parameters.
-  """
-
-  objective: Objective
-  frozen: Mapping[str, TransformerConfig]
-  batch: Batch | CachedBatch | Rollouts
-  extra_params: Callable | None = None
 
 
 def topology_devices(name: str):
@@ -194,7 +179,7 @@ def _adapters(config: TrainConfig, model: TransformerConfig, mesh):
   return {'adapters': jax.eval_shape(init, base)}, base
 
 
-def _step(config: TrainConfig, model, recipe: _Abstract, mesh):
+def _step(config: TrainConfig, model, recipe: Abstract, mesh):
   """The step function and its abstract arguments, placed as `train` places the real ones."""
   extra = {} if recipe.extra_params is None else jax.eval_shape(recipe.extra_params, jax.random.key(0))
   if config.adapters.rank:
@@ -261,92 +246,6 @@ def _bytes(text: str) -> float:
   return float(number) * _UNITS[unit]
 
 
-def _batch(rows: int, length: int) -> Batch:
-  ints, mask = jax.ShapeDtypeStruct((rows, length), jnp.int32), jax.ShapeDtypeStruct((rows, length), jnp.float32)
-  return Batch(ints, ints, mask, ints, ints)
-
-
-def _rollouts(config: on_policy.RolloutConfig, *, advantages: bool) -> Rollouts:
-  rows = config.prompts * config.samples
-  tokens, numbers = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, config.length), (rows,)))
-  group = jax.ShapeDtypeStruct((rows,), jnp.int32)
-  return Rollouts(_batch(rows, config.length), tokens, tokens if advantages else None, numbers, numbers, group)
-
-
-def _sft(section, model) -> _Abstract:
-  config = schema.parse(sft.SFTConfig, section, 'config.recipe')
-  return _Abstract(
-      sft.objective(model, head_chunk=config.head_chunk), {}, _batch(config.batch.size, config.batch.length),
-  )
-
-
-def _shape_of(folder: str, student: TransformerConfig) -> TransformerConfig:
-  """The config of a frozen model: a run's, or a published one, which computes as the student does. A preset's name
-  stands for its shape.
-  """
-  known = PRESETS.get(folder)
-  if known is None:
-    known = checkpoints.model_config(folder)
-    if not checkpoints.is_published(folder):
-      return known
-  return dataclasses.replace(known, dtype=student.dtype, param_dtype=student.dtype)
-
-
-def _distill(section, model) -> _Abstract:
-  config = schema.parse(distill.DistillConfig, section, 'config.recipe')
-  sources = tuple(context.parts_of(config.data))
-  shapes = {name: _shape_of(folder, model) for name, folder in distill.resident_teachers(config).items()}
-  given = (config.loss, model, teachers.Teachers(shapes, teachers.weights(config.teacher, sources)))
-  there = cached.read_identity(config.cache) if config.cache else None
-  cached.check(distill.open_terms(*given, sources=sources), there, model.vocab_size)
-  batch = _batch(config.batch.size, config.batch.length)
-  batch = batch._replace(sources=batch.segment_ids if sources else None)
-  return _Abstract(
-      distill.objective(*given, sources=sources), shapes, _with_known(batch, there.k) if there else batch,
-      distill.projectors(*given, sources=sources),
-  )
-
-
-def _with_known(batch: Batch, k: int) -> CachedBatch:
-  ids, logprobs = (jax.ShapeDtypeStruct((*batch.inputs.shape, k), dtype) for dtype in (jnp.int32, jnp.float32))
-  return CachedBatch(batch, {'ids': ids, 'logprobs': logprobs, 'tail': batch.loss_mask})
-
-
-def _cross_tokenizer(section, model) -> _Abstract:
-  config = schema.parse(cross_tokenizer.CrossTokenizerConfig, section, 'config.recipe')
-  teacher = _shape_of(config.teacher, model)
-  rows, groups = (model.vocab_size, teacher.vocab_size), min(config.batch.length, config.teacher_length)
-  ours, theirs = (_batch(config.batch.size, length) for length in (config.batch.length, config.teacher_length))
-  mask = jax.ShapeDtypeStruct((config.batch.size, groups), jnp.bool_)
-  batch = alignment.AlignedBatch(ours, theirs, ours.inputs, theirs.inputs, mask, mask)
-  shared = (np.arange(min(rows), dtype=np.int32),) * 2  # as if the smaller vocabulary were part of the larger
-  return _Abstract(cross_tokenizer.objective(config.loss, model, teacher, rows, shared), {'teacher': teacher}, batch)
-
-
-def _on_policy_distill(section, model) -> _Abstract:
-  config = schema.parse(on_policy_distill.OnPolicyDistillConfig, section, 'config.recipe')
-  teacher = _shape_of(config.teacher, model)
-  return _Abstract(
-      on_policy_distill.objective(config.loss, model, teacher), {'teacher': teacher},
-      _rollouts(config.rollouts, advantages=False), distill.projectors(config.loss, model, teacher),
-  )
-
-
-def _policy_gradient(section, model) -> _Abstract:
-  config = schema.parse(policy_gradient.PolicyGradientConfig, section, 'config.recipe')
-  frozen = {'reference': _shape_of(config.kl.reference, model)} if config.kl.coef else {}
-  return _Abstract(
-      policy_gradient.objective(config, model, frozen.get('reference')), frozen,
-      _rollouts(config.rollouts, advantages=True),
-  )
-
-
-RECIPES: dict[str, Callable[[Any, TransformerConfig], _Abstract]] = {
-    'sft': _sft, 'distill': _distill, 'cross_tokenizer': _cross_tokenizer, 'on_policy_distill': _on_policy_distill,
-    'policy_gradient': _policy_gradient,
-}
-
-
 def _copy(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(schema.resolve(config), convert_dict=True)
 
@@ -361,25 +260,31 @@ def with_head(config: ml_collections.ConfigDict, chunk: int | None) -> ml_collec
   return changed
 
 
+def _group(recipe: Mapping[str, Any]) -> int:
+  """Rows of the batch that one prompt gives, of rollouts."""
+  return 2 if recipe['name'] == 'preference' else recipe['rollouts']['samples']
+
+
 def rows_of(config: ml_collections.ConfigDict, devices) -> tuple[int, int]:
   """Rows of the config's batch, and the fewest that give every device of every microbatch the same whole rows.
 
-  Rollouts come in groups of `samples` rows as well.
+  Rollouts come in groups of `samples` rows as well; pairs, of which microbatches hold whole ones, in two rows.
   """
   parsed = schema.parse(TrainConfig, schema.resolve(config), 'config')
-  mesh = sharding.make_mesh(parsed.mesh, devices)
+  mesh, recipe = sharding.make_mesh(parsed.mesh, devices), parsed.recipe
   unit = parsed.microbatches * math.prod(mesh.shape[axis] for axis in sharding.TOKEN_AXES)
-  rollouts = parsed.recipe.get('rollouts')
-  if rollouts is None:
-    return parsed.recipe['batch']['size'], unit
-  return rollouts['prompts'] * rollouts['samples'], math.lcm(unit, rollouts['samples'])
+  sampled = recipe.get('rollouts') is not None
+  rows = recipe['rollouts']['prompts'] * _group(recipe) if sampled else recipe['batch']['size']
+  if recipe['name'] == 'preference':
+    return rows, 2 * unit
+  return rows, math.lcm(unit, _group(recipe)) if sampled else unit
 
 
 def with_rows(config: ml_collections.ConfigDict, rows: int) -> ml_collections.ConfigDict:
   """The config with a batch of so many rows; of rollouts, as many groups as make them."""
   changed = _copy(config)
-  if 'rollouts' in changed.recipe:
-    changed.recipe.rollouts.prompts = rows // changed.recipe.rollouts.samples
+  if changed.recipe.get('rollouts') is not None:
+    changed.recipe.rollouts.prompts = rows // _group(changed.recipe)
   else:
     changed.recipe.batch.size = rows
   return changed

@@ -24,7 +24,7 @@ from srm_jax.models.config import TransformerConfig, forward_flops, train_flops
 from srm_jax.recipes import RECIPES, adapted
 from srm_jax.recipes.context import Context
 from srm_jax.train_step import build_train_step, init_state, value_and_grad
-from srm_jax.types import Batch, Params, Recipe, Rollouts, TrainState
+from srm_jax.types import Batch, Pairs, Params, Recipe, Rollouts, TrainState
 
 _LOG = logging.getLogger(__name__)
 
@@ -271,14 +271,18 @@ def step_flops(setup_model: TransformerConfig, recipe: Recipe, batch) -> float:
 
 
 def sampled_share(batch) -> float:
-  """Of the rows of a Batch or Rollouts, those that the student sampled."""
+  """Completions that the student sampled, a row of a Batch, Rollouts or Pairs; of Pairs those that were passed over
+  count too.
+  """
+  if isinstance(batch, Pairs):
+    return 0.0 if batch.sampled is None else float(np.mean(batch.sampled))
   if not isinstance(batch, Rollouts):
     return 0.0
   return 1.0 if batch.sampled is None else float(np.mean(batch.sampled))
 
 
 def describe(batch) -> str:
-  """'12 x 160 tokens, 1024 of 1890 that are not padding supervised' of a Batch or Rollouts."""
+  """'12 x 160 tokens, 1024 of 1890 that are not padding supervised' of a Batch, Rollouts or Pairs."""
   rows: Batch = getattr(batch, 'batch', batch)
   supervised, real = np.count_nonzero(rows.loss_mask), np.count_nonzero(rows.segment_ids)
   return f'{" x ".join(map(str, rows.inputs.shape))} tokens, {supervised} of {real} that are not padding supervised'

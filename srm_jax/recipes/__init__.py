@@ -1,6 +1,6 @@
 """RECIPES: name -> build(config.recipe, Context) -> Recipe; CONFIGS: name -> the record that config.recipe must fit."""
 
-from srm_jax.recipes import cross_tokenizer, distill, on_policy_distill, policy_gradient, sft
+from srm_jax.recipes import cross_tokenizer, distill, on_policy_distill, policy_gradient, preference, sft
 
 RECIPES = {
     'sft': sft.build,
@@ -8,6 +8,7 @@ RECIPES = {
     'cross_tokenizer': cross_tokenizer.build,
     'on_policy_distill': on_policy_distill.build,
     'policy_gradient': policy_gradient.build,
+    'preference': preference.build,
 }
 
 CONFIGS = {
@@ -16,4 +17,5 @@ CONFIGS = {
     'cross_tokenizer': cross_tokenizer.CrossTokenizerConfig,
     'on_policy_distill': on_policy_distill.OnPolicyDistillConfig,
     'policy_gradient': policy_gradient.PolicyGradientConfig,
+    'preference': preference.PreferenceConfig,
 }

@@ -99,7 +99,12 @@ def _solutions(task, problems):
   return [item for item in worked if item.completion is not None]
 
 
-def _annotations(data: DataConfig):
+def annotations(data: DataConfig) -> list[records.Annotation]:
+  """The annotations that a data section names: of its pass rate, and right ones alone unless it is 'unfiltered_...'.
+
+  Raises:
+    ConfigError: no such file, or no range of pass rates.
+  """
   if not pathlib.Path(data.records).exists():
     raise schema.ConfigError(f'data.records {data.records} does not exist; run the annotation first')
   found = list(records.read(data.records))
@@ -134,7 +139,7 @@ def _worked(task, data):
       raise schema.ConfigError(f'data.pass_rate {data.pass_rate} is of data.records, a file of annotations')
     problems = load_problems(data)
   else:
-    kept = _annotations(data)
+    kept = annotations(data)
     if texts:
       unique = {(a.problem.id, a.completion): a for a in kept}
       return [Worked(a.id, a.problem, a.completion, a.finished) for a in unique.values()]
