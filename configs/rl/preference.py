@@ -5,8 +5,9 @@ Run: python -m experiments.train --config=configs/rl/preference.py:loss=dpo --co
 It reads runs/annotations/annotations.jsonl, or records=FILE; with 'online' the student samples and the task's verifier
 says what is better.
 Losses: dpo, ipo and kto compare with the reference, simpo and orpo with none (leave out --config.recipe.reference).
-Hardware: two CPU cores, minutes. Expected: margin and accuracy rise within 50 steps; the annotations must be of a model
-that is right at times (configs/annotate/arithmetic.py), better of the student itself.
+Hardware: two CPU cores, minutes. Expected of dpo on 3200 annotations by the student itself, 18 % of them right: in 50
+steps the margin rises from 0.00 to 0.77 and the accuracy from 0.49 to 0.86 (both on the pairs about to be learnt).
+Online, 50 steps of that student, of whose groups a third had a difference, raised neither margin nor reward.
 """
 
 from configs import base

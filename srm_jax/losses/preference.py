@@ -3,7 +3,8 @@
 Every loss but kto's is fn(chosen, rejected, *, beta, ...) -> [P] values to be minimised, one a pair: chosen and
 rejected are `Scores` of the pair's completions. kto asks for no pairs: its values are of completions, [C + R] for C
 desirable ones in the place of chosen and R undesirable ones in that of rejected. Nothing is averaged here, and
-reference log-probabilities receive no gradient. With r = log pi(y | x) - log pi_ref(y | x), + and - for chosen and rejected:
+reference log-probabilities receive no gradient. With r = log pi(y | x) - log pi_ref(y | x), + for chosen and - for
+rejected:
 
   dpo    -log sigmoid(beta (r+ - r-))                                       needs a reference
   ipo    (r+ / |y+| - r- / |y-| - 1 / (2 beta))^2                           needs a reference
@@ -156,14 +157,14 @@ def simpo(chosen: Scores, rejected: Scores, *, beta, gamma):
 def kl_baseline(mismatched: Scores, weights):
   """KTO's z0: an estimate of KL(pi || pi_ref) from prompts with completions of other prompts.
 
-  z0 = max(0, sum_i w_i r_i / sum_i w_i), without gradient
+  z0 = max(0, sum_i w_i r_i / sum_i w_i)
 
   Args:
     mismatched: Scores of [n], with a reference; completion i was not written for prompt i.
     weights: [n], 0 where a row does not count.
 
   Returns:
-    float32 scalar.
+    float32 scalar, through which `kto` lets no gradient.
 
   Raises:
     AssertionError: if the shapes are not equal [n].
@@ -174,7 +175,7 @@ def kl_baseline(mismatched: Scores, weights):
   ratios = log_ratio(mismatched)
   chex.assert_equal_shape([ratios, weights])
   mean = jnp.sum(jnp.where(weights > 0, weights * ratios, 0.0)) / jnp.maximum(jnp.sum(weights), 1)
-  return jax.lax.stop_gradient(jnp.maximum(mean, 0.0))
+  return jnp.maximum(mean, 0.0)
 
 
 def kto(chosen: Scores, rejected: Scores, *, baseline, beta, desirable_weight=1.0, undesirable_weight=1.0):

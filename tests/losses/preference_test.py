@@ -114,7 +114,6 @@ def test_the_baseline_is_a_mean_that_is_never_negative(ratios, weights, expected
 
 
 def test_no_gradient_flows_through_the_baseline():
-  """Neither where it is estimated nor where it is used."""
   def loss(logprobs, baseline):
     scores = Scores(logprobs, jnp.ones(1), jnp.full(1, -1.0))
     estimated = preference.kl_baseline(scores, jnp.ones(1))
