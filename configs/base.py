@@ -273,6 +273,22 @@ def preference(data, *, loss='dpo', batch=None, rollouts=None, reference='', per
   ))
 
 
+def reward_model(data, batch, *, target='outcome', centering=0.01, labels='soft', segmentation='lines'):
+  """data: of a file of annotations ('outcome') or of labelled steps ('process'), unfiltered."""
+  return ConfigDict(dict(
+      name='reward_model', target=target, data=data, batch=batch, centering=centering, labels=labels,
+      segmentation=segmentation,
+  ))
+
+
+def process_labels(student, data, sampling, *, segmentation='lines', batch_size=256, chunk=64):
+  """Labels of the steps of annotations; sampling.samples continuations a step."""
+  return ConfigDict(dict(
+      student=student, data=data, segmentation=segmentation, sampling=sampling, batch_size=batch_size, chunk=chunk,
+      mesh=(), progress=True,
+  ))
+
+
 def annotate(teacher, data, sampling, *, batch_size=256, chunk=256, cache_k=0):
   """cache_k above 0 caches so many of the teacher's next tokens for the right annotations, in WORKDIR/cache."""
   return ConfigDict(dict(
@@ -291,8 +307,8 @@ def cache_teacher(
   ))
 
 
-def evaluate(model, data, strategies, *, scorer='', max_new_tokens=128, seed=0, batch_size=256):
+def evaluate(model, data, strategies, *, scorer='', score='mean', max_new_tokens=128, seed=0, batch_size=256):
   return ConfigDict(dict(
-      model=model, scorer=scorer, score='mean', data=data, strategies=strategies, max_new_tokens=max_new_tokens,
+      model=model, scorer=scorer, score=score, data=data, strategies=strategies, max_new_tokens=max_new_tokens,
       seed=seed, batch_size=batch_size, mesh=(), progress=True,
   ))

@@ -13,6 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -322,10 +323,15 @@ def _saved(folder, names: Params, step: int | None = None) -> tuple[int, Params]
     checkpoints.close()
 
 
+def run_config(folder) -> dict[str, Any]:
+  """The resolved configuration of a run's workdir; {} where none was kept."""
+  path = epath.Path(folder) / 'config.json'
+  return json.loads(path.read_text()) if path.exists() else {}
+
+
 def adapters_of(folder) -> AdapterConfig | None:
   """The adapters that a run trained on a frozen base; None where it trained the whole model."""
-  path = epath.Path(folder) / 'config.json'
-  section = json.loads(path.read_text()).get('adapters', {}) if path.exists() else {}
+  section = run_config(folder).get('adapters', {})
   return schema.parse(AdapterConfig, section, 'config.adapters') if section.get('rank') else None
 
 
@@ -335,7 +341,7 @@ def _merged(folder, config: TransformerConfig, section: AdapterConfig, trained: 
   Raises:
     ConfigError: the run began with random weights, which are not kept.
   """
-  start = json.loads((epath.Path(folder) / 'config.json').read_text())['init_from']
+  start = run_config(folder)['init_from']
   if not start:
     raise ConfigError(f'{folder} trained adapters of random weights, which are not kept; give such runs an init_from')
   base = load_model(start, dtype=config.dtype).params

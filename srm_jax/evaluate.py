@@ -16,8 +16,11 @@ import numpy as np
 from srm_jax import checkpoints, metrics, schema, sharding, statistics
 from srm_jax.data.prompting import Prompting
 from srm_jax.inference import make_generate, strategies
+from srm_jax.inference.reward_scores import make_reward_scorer, reduced
 from srm_jax.inference.score import REDUCTIONS, make_scorer
+from srm_jax.losses.reward_model import AGGREGATIONS
 from srm_jax.models.config import forward_flops
+from srm_jax.recipes import reward_model
 from srm_jax.recipes.context import DataConfig, load_problems, open_data, require_same_vocabulary
 from srm_jax.rewards import Graded
 from srm_jax.rollout import rollout
@@ -38,7 +41,8 @@ class EvaluateConfig:
   """model, scorer: workdirs of trained models; scorer '' where no strategy scores.
 
   strategies: {row name: StrategyConfig}.
-  score: how a completion's token log-probabilities under the scorer become one number (mean, min, sum).
+  score: how a completion's token log-probabilities under the scorer become one number (mean, min, sum), or the steps'
+  scores where the scorer is a reward model (min, last, mean, product).
   """
 
   model: str
@@ -92,11 +96,11 @@ def open_config(plain: Mapping[str, Any], where: str) -> tuple[EvaluateConfig, d
   }
   if not rows:
     raise schema.ConfigError(f'{where}.strategies is empty; name at least one of {sorted(strategies.STRATEGIES)}')
-  schema.choose('score', config.score, REDUCTIONS)
+  schema.choose('score', config.score, {**REDUCTIONS, **AGGREGATIONS})
   for row in rows.values():
     schema.choose('strategy', row.name, strategies.STRATEGIES)
-    if row.name == 'best_of_n' and not config.scorer:
-      raise schema.ConfigError(f'strategy best_of_n needs {where}.scorer, the workdir of the model that scores')
+    if row.name in ('best_of_n', 'weighted_vote') and not config.scorer:
+      raise schema.ConfigError(f'strategy {row.name} needs {where}.scorer, the workdir of the model that scores')
   return config, rows
 
 
@@ -139,8 +143,16 @@ def _run(config: EvaluateConfig, rows: Mapping[str, StrategyConfig], workdir) ->
 
 
 def _score_function(config: EvaluateConfig, scorer):
+  section = checkpoints.run_config(config.scorer).get('recipe', {})
+  if section.get('name') == 'reward_model':
+    schema.choose('score of a reward model', config.score, AGGREGATIONS)
+    head, segment = scorer.extra[reward_model.HEAD], reward_model.segmentation(section)
+    score = make_reward_scorer(
+        scorer.config, scorer.params, head, scorer.tokenizer, segment=segment, batch_size=config.batch_size
+    )
+    return lambda completions: reduced(config.score, score(completions))
   score = make_scorer(scorer.config, scorer.params, scorer.tokenizer, batch_size=config.batch_size)
-  reduce = schema.choose('score', config.score, REDUCTIONS)
+  reduce = schema.choose('score of a language model', config.score, REDUCTIONS)
   return lambda completions: [float(reduce(logprobs)) for logprobs in score(completions)]
 
 
@@ -164,6 +176,9 @@ def _bind(row: StrategyConfig, bench: _Bench) -> Callable[[Generate], Generate]:
     return lambda generate: build(generate, extract=bench.prompting.task.extract, samples=row.samples)
   if row.name == 'best_of_n':
     return lambda generate: build(generate, score=bench.scored, samples=row.samples)
+  if row.name == 'weighted_vote':
+    extract = bench.prompting.task.extract
+    return lambda generate: build(generate, extract=extract, score=bench.scored, samples=row.samples)
   return build
 
 

@@ -125,7 +125,7 @@ def plan(config: ml_collections.ConfigDict, devices) -> Plan:
     traced = jax.jit(step, donate_argnums=0, out_shardings=(stays, None)).trace(*arguments)
     memory, text = _compile(traced)
   memory = memory._replace(fits=memory.fits and memory.total <= chip.hbm)
-  rows, length = getattr(recipe.batch, 'batch', recipe.batch).inputs.shape
+  rows, length = jax.eval_shape(lambda batch: getattr(batch, 'batch', batch), recipe.batch).inputs.shape
   useful = train_flops(model, rows * length, length / 2)
   if parsed.adapters.rank:  # frozen weights have no gradient
     useful = 2 * forward_flops(model, rows * length, length / 2)

@@ -3,8 +3,8 @@
 A pipeline config names its stages, and their order (a ConfigDict sorts its keys):
 
   config.order = ('NAME', ...)
-  config.stages.NAME = {'run': 'tokenizer' | 'train' | 'annotate' | 'cache' | 'evaluate' | 'select' | 'given',
-                         'config': {...}}
+  config.stages.NAME = {'run': 'tokenizer' | 'train' | 'annotate' | 'label' | 'cache' | 'evaluate' | 'select' |
+                         'given', 'config': {...}}
 
 Inside a stage's config the string '{NAME}' stands for the workdir of an earlier stage, and '{NAME}/file' for a file in
 it. A stage lives in <workdir>/NAME-<hash of its resolved config>, so sweeps over later stages share the earlier ones,
@@ -26,6 +26,7 @@ from srm_jax.cache_teacher import CacheConfig, cache_teacher
 from srm_jax.data import tokenizer as tokenizers
 from srm_jax.data.records import content_hash
 from srm_jax.evaluate import evaluate, open_config
+from srm_jax.process_labels import ProcessLabelConfig, label_process
 from srm_jax.recipes import CONFIGS
 from srm_jax.recipes.context import DataConfig, find_task, worked_examples
 from srm_jax.train import TrainConfig, train
@@ -97,6 +98,11 @@ def _annotate(config, workdir, done):
   return workdir, annotate(config, workdir).summary
 
 
+def _label(config, workdir, done):
+  del done
+  return workdir, label_process(config, workdir).summary
+
+
 def _cache(config, workdir, done):
   del done
   return workdir, cache_teacher(config, workdir).summary
@@ -136,6 +142,7 @@ CHECKS: dict[str, Callable] = {
     'tokenizer': lambda config, where: schema.parse(TokenizerConfig, config, where),
     'train': _check_train,
     'annotate': lambda config, where: schema.parse(AnnotateConfig, config, where),
+    'label': lambda config, where: schema.parse(ProcessLabelConfig, config, where),
     'cache': lambda config, where: schema.parse(CacheConfig, config, where),
     'evaluate': open_config,
     'select': lambda config, where: schema.parse(SelectConfig, config, where),
@@ -143,8 +150,8 @@ CHECKS: dict[str, Callable] = {
 }
 
 RUNNERS: dict[str, Callable] = {
-    'tokenizer': _tokenizer, 'train': _train, 'annotate': _annotate, 'cache': _cache, 'evaluate': _evaluate,
-    'select': _select, 'given': _given,
+    'tokenizer': _tokenizer, 'train': _train, 'annotate': _annotate, 'label': _label, 'cache': _cache,
+    'evaluate': _evaluate, 'select': _select, 'given': _given,
 }
 
 

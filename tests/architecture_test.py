@@ -24,6 +24,7 @@ FLOORS = {
   'srm_jax.alarms': 3,
   'srm_jax.recipes': 4,
   'srm_jax.train': 5, 'srm_jax.annotate': 5, 'srm_jax.evaluate': 5, 'srm_jax.plan': 5, 'srm_jax.report': 5,
+  'srm_jax.process_labels': 5,
   'srm_jax.cache_teacher': 5, 'srm_jax.stages': 5, 'srm_jax.hlo': 5, 'srm_jax.export': 5, 'srm_jax.inspection': 5,
   'srm_jax.rollout_view': 5,
   'experiments': 6, 'configs': 6, 'tests': 7,

@@ -35,7 +35,10 @@ CONFIGS = sorted(
 
 def open_config(config):
   """Parses a config as what its keys say that it is."""
-  kinds = {'stages': None, 'recipe': 'train', 'strategies': 'evaluate', 'sampling': 'annotate', 'k': 'cache'}
+  kinds = {
+      'stages': None, 'recipe': 'train', 'strategies': 'evaluate', 'segmentation': 'label', 'sampling': 'annotate',
+      'k': 'cache',
+  }
   kind = next(key for key in kinds if key in config)
   return stages.check(config) if kind == 'stages' else stages.CHECKS[kinds[kind]](schema.resolve(config), 'config')
 

@@ -3,16 +3,21 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from configs import base
+from srm_jax import checkpoints, schema, statistics
 from srm_jax import evaluate as module
-from srm_jax import schema, statistics
+from srm_jax.data import prompting as prompts
+from srm_jax.data import steps
 from srm_jax.evaluate import evaluate, read_completions, summarize
+from srm_jax.inference import reward_scores
+from srm_jax.models import heads
 from srm_jax.models.config import TransformerConfig, forward_flops
 from srm_jax.rewards import Graded
-from srm_jax.types import Completion, Prompt, Spent
+from srm_jax.types import Completion, Prompt, SamplingParams, Spent
 from tests import tiny
 from tests.data import chats
 from tests.tiny import one_device, tiny_tasks  # noqa: F401
@@ -154,6 +159,45 @@ def test_a_chat_model_is_asked_through_its_template_under_every_strategy(tmp_pat
     for line in read_completions(found.workdir, row).values():
       ending = '<|im_start|>assistant\n' + ('#### ' if row == 'direct' else '')
       assert line['prompt'].startswith('<|im_start|>system\nAdd.<|im_end|>') and line['prompt'].endswith(ending)
+
+
+def rewarded(folder, target):
+  """A workdir as the training of a reward model leaves it."""
+  extra = {'value_head': heads.init_value_head(jax.random.key(2), MODEL.embed_dim)}
+  recipe = base.reward_model(tiny.data(), tiny.batch(), target=target, segmentation='characters')
+  checkpoints.claim(folder, {'recipe': recipe.to_dict()})
+  return tiny.write_model(folder, MODEL, seed=1, extra=extra)
+
+
+@pytest.mark.parametrize('target, score, segment', [
+    ('outcome', 'mean', None), ('process', 'min', steps.characters), ('process', 'last', steps.characters),
+])
+def test_a_reward_model_scores_by_its_head(folders, tmp_path, target, score, segment):
+  scorer = rewarded(tmp_path / 'reward', target)
+  rows = dict(best=ROWS['best'], vote=base.strategy('weighted_vote', samples=4, temperature=1.0))
+  found = evaluate(config((folders[0], scorer), rows, score=score), tmp_path / 'evaluation')
+  model, judge = checkpoints.load_model(folders[0]), checkpoints.load_model(scorer)
+  generate = module.make_generate(model.config, model.params, model.tokenizer, batch_size=8)
+  prompting = prompts.plain(tiny.PARITY, model.tokenizer)
+  sampling = SamplingParams(samples=4, max_new_tokens=8)
+  groups = generate([prompting.prompt(one) for one in tiny.PARITY.problems('test', count=6, seed=1)], sampling)
+  judged = reward_scores.make_reward_scorer(
+      MODEL, judge.params, judge.extra['value_head'], judge.tokenizer, segment=segment
+  )
+  texts = read_completions(found.workdir, 'best')
+  for group in groups:
+    scores = reward_scores.reduced(score, judged(group))
+    assert texts[group[0].prompt.id]['text'] == group[int(np.argmax(scores))].text
+  assert found.results['vote']['spent']['scored'] == found.results['best']['spent']['scored'] > 0
+
+
+def test_scores_are_of_the_kind_that_the_scorer_has(folders, tmp_path):
+  with pytest.raises(schema.ConfigError, match="score of a reward model 'sum' unknown"):
+    evaluate(config((folders[0], rewarded(tmp_path / 'reward', 'outcome')), score='sum'), tmp_path / 'a')
+  with pytest.raises(schema.ConfigError, match="score of a language model 'product' unknown"):
+    evaluate(config(folders, score='product'), tmp_path / 'b')
+  with pytest.raises(schema.ConfigError, match=r'weighted_vote needs config\.scorer'):
+    evaluate(config((folders[0], ''), dict(a=base.strategy('weighted_vote'))), tmp_path / 'c')
 
 
 def test_a_scorer_of_another_vocabulary_is_refused(folders, tmp_path):

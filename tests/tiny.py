@@ -72,13 +72,13 @@ def one_device():
     yield
 
 
-def write_model(workdir, config, *, seed=0, scale=1.0, tokenizer='byte'):
-  """A workdir as a finished training run leaves it, with random parameters."""
+def write_model(workdir, config, *, seed=0, scale=1.0, tokenizer='byte', extra=None):
+  """A workdir as a finished training run leaves it, with random parameters, and with what it trained beside them."""
   params = jax.jit(transformer.init_params, static_argnums=0)(config, jax.random.key(seed))
   params = {**params, 'embedding': params['embedding'] * scale}  # the head is tied: above 1, samples are less even
   checkpoints.describe_model(workdir, config, tokenizer)
   opened = checkpoints.open_checkpoints(workdir)
-  opened.save(TrainState(jax.numpy.asarray(7, jax.numpy.int32), {'model': params}, {}, None), {})
+  opened.save(TrainState(jax.numpy.asarray(7, jax.numpy.int32), {'model': params, **(extra or {})}, {}, None), {})
   opened.close()
   return str(workdir)
 

@@ -15,6 +15,8 @@ import numpy as np
 
 from srm_jax import types
 
+T = typing.TypeVar('T')
+
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
@@ -51,6 +53,29 @@ class Annotation:
 
 
 @dataclasses.dataclass(frozen=True)
+class StepLabels:
+  """How often a student that went on from each step of an annotation came to the right answer.
+
+  segmentation: from data.steps. ends: where the steps end, in characters of the completion. rates: share of right ones
+  among sampling.samples continuations; of a text that holds the answer, its grade; None where nothing could be graded.
+  num_tokens: sampled for them. student: who went on.
+  """
+
+  annotation: Annotation
+  segmentation: str
+  ends: list
+  rates: list
+  num_tokens: int
+  student: Teacher
+  sampling: types.SamplingParams
+  config_hash: str
+
+  @property
+  def id(self) -> str:
+    return self.annotation.id
+
+
+@dataclasses.dataclass(frozen=True)
 class Conversation:
   """Messages of a user and an assistant, each a mapping with 'role' and 'content'."""
 
@@ -58,12 +83,12 @@ class Conversation:
   messages: list
 
 
-def write(path, annotations: Iterable[Annotation]):
+def write(path, annotations: Iterable[Annotation | StepLabels]):
   """Writes a file in place of what was there; `.gz` compresses. Readers see the old file or the whole new one."""
   _replace(path, b'', annotations)
 
 
-def append(path, annotations: Iterable[Annotation]):
+def append(path, annotations: Iterable[Annotation | StepLabels]):
   """Adds records to a file that may not exist yet, as atomically as `write`.
 
   To resume a run: `done = finished_ids(path)`, then append only what is not in it.
@@ -75,18 +100,18 @@ def append(path, annotations: Iterable[Annotation]):
   _replace(path, old, annotations)
 
 
-def finished_ids(path) -> set[str]:
+def finished_ids(path, kind: type[T] = Annotation) -> set[str]:
   """Ids of the records in a file; empty where it does not exist."""
-  return {annotation.id for annotation in read(path)} if pathlib.Path(path).exists() else set()
+  return {record.id for record in read(path, kind)} if pathlib.Path(path).exists() else set()
 
 
-def read(path) -> list[Annotation]:
+def read(path, kind: type[T] = Annotation) -> list[T]:
   """Reads what `write` wrote.
 
   Raises:
     ValueError: names file, line and what is wrong: not JSON, a missing, unknown or mistyped key, an id seen before.
   """
-  return _unique(path, _read_records(path, Annotation))
+  return _unique(path, _read_records(path, kind))
 
 
 def read_conversations(path) -> list[Conversation]:

@@ -40,20 +40,36 @@ def make_scorer(
   """
   cast = jax.jit(transformer.cast, static_argnums=1)(params, config.dtype)
 
-  def score(completions: Sequence[Completion]) -> list[np.ndarray]:
-    for completion in completions:
-      _check(completion, tokenizer, config.max_length)
-    order = sorted(range(len(completions)), key=lambda i: _length(completions[i]))
-    scores: list[np.ndarray] = [np.zeros(0, np.float32)] * len(completions)
-    for start in range(0, len(order), batch_size):
-      batch = order[start : start + batch_size]
-      arrays = _arrays([completions[i] for i in batch], decode.batch_bucket(len(batch), batch_size))
-      logprobs = np.asarray(_logprobs(config, cast, *arrays, temperature=temperature))
-      for i, row in zip(batch, logprobs):
-        scores[i] = row[: len(completions[i].tokens)]
-    return scores
+  logprobs = lambda *arrays: _logprobs(config, cast, *arrays, temperature=temperature)
+  return functools.partial(
+      token_values, logprobs, tokenizer=tokenizer, max_length=config.max_length, batch_size=batch_size
+  )
 
-  return score
+
+def token_values(
+    compute: Callable[..., jax.Array], completions: Sequence[Completion], *, tokenizer, max_length: int,
+    batch_size: int,
+) -> list[np.ndarray]:
+  """One float32 array a completion, as long as its tokens, in order; checks, sorts by length and batches.
+
+  Args:
+    compute: (prompts [B, W + 1] padded on the left, their lengths [B], completions [B, N] padded on the right) ->
+      [B, N].
+    tokenizer, max_length: of the model behind `compute`.
+
+  Raises:
+    ValueError: a completion of another tokenizer, or one that is too long with its prompt.
+  """
+  for completion in completions:
+    _check(completion, tokenizer, max_length)
+  order = sorted(range(len(completions)), key=lambda i: _length(completions[i]))
+  values: list[np.ndarray] = [np.zeros(0, np.float32)] * len(completions)
+  for start in range(0, len(order), batch_size):
+    batch = order[start : start + batch_size]
+    arrays = _arrays([completions[i] for i in batch], decode.batch_bucket(len(batch), batch_size))
+    for i, row in zip(batch, np.asarray(compute(*arrays))):
+      values[i] = row[: len(completions[i].tokens)]
+  return values
 
 
 def _length(completion):
@@ -71,7 +87,7 @@ def _check(completion, tokenizer, max_length):
 
 
 def _arrays(completions, count):
-  """(prompts [B, W + 1] padded on the left, their lengths [B], completions [B, N] padded on the right)."""
+  """What `compute` of `token_values` takes."""
   prompts, lengths = decode.pad_left([completion.prompt_tokens for completion in completions], count)
   width = decode.bucket(max(len(completion.tokens) for completion in completions))
   tokens = np.zeros((count, width), np.int32)
@@ -83,17 +99,20 @@ def _arrays(completions, count):
 @functools.partial(jax.jit, static_argnames=('config', 'temperature'))
 def _logprobs(config, params, prompts, lengths, tokens, *, temperature):
   """float32 [B, N]: the last prompt token and the N - 1 first completion tokens predict the N completion tokens."""
-  inputs = jnp.concatenate([prompts, tokens[:, :-1]], axis=1)
-  positions = jnp.arange(inputs.shape[1])[None] - (prompts.shape[1] - lengths)[:, None]
-  segments = (positions >= 0).astype(jnp.int32)
-  model = transformer.Transformer(config)
-  hidden = model.apply(
-      transformer.variables(params), inputs, positions=jnp.maximum(positions, 0), segment_ids=segments, logits_at=()
-  ).hidden[:, prompts.shape[1] - 1 :]
-
+  hidden = hidden_states(config, params, prompts, lengths, tokens[:, :-1])[:, prompts.shape[1] - 1 :]
   fn = functools.partial(_token_logprobs, temperature=temperature)
   head = lm_head.Head(hidden, heads.unembedding(params))
   return constrain(lm_head.per_token(fn, head, tokens, mesh=current_mesh())['logprobs'], None, None)
+
+
+def hidden_states(config, params, prompts, lengths, tokens):
+  """[B, W + 1 + N, D] of prompts padded on the left and what follows them."""
+  inputs = jnp.concatenate([prompts, tokens], axis=1)
+  positions = jnp.arange(inputs.shape[1])[None] - (prompts.shape[1] - lengths)[:, None]
+  segments = (positions >= 0).astype(jnp.int32)
+  return transformer.Transformer(config).apply(
+      transformer.variables(params), inputs, positions=jnp.maximum(positions, 0), segment_ids=segments, logits_at=()
+  ).hidden
 
 
 def _token_logprobs(logits, teacher_logits, targets, *, temperature, axis_name):

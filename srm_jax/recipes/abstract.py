@@ -13,7 +13,8 @@ from srm_jax.data import alignment
 from srm_jax.models.config import TransformerConfig
 from srm_jax.models.families import PRESETS
 from srm_jax.recipes import (
-    cached, context, cross_tokenizer, distill, on_policy, on_policy_distill, policy_gradient, preference, sft, teachers,
+    cached, context, cross_tokenizer, distill, on_policy, on_policy_distill, policy_gradient, preference, reward_model,
+    sft, teachers,
 )
 from srm_jax.types import Batch, CachedBatch, Objective, Pairs, Rollouts
 
@@ -25,7 +26,7 @@ class Abstract(NamedTuple):
 
   objective: Objective
   frozen: Mapping[str, TransformerConfig]
-  batch: Batch | CachedBatch | Rollouts | Pairs
+  batch: Batch | CachedBatch | Rollouts | Pairs | reward_model.Compared | reward_model.Stepped
   extra_params: Callable | None = None
 
 
@@ -102,10 +103,15 @@ def _on_policy_distill(section, model) -> Abstract:
 
 def _policy_gradient(section, model) -> Abstract:
   config = schema.parse(policy_gradient.PolicyGradientConfig, section, 'config.recipe')
-  frozen = {'reference': _shape_of(config.kl.reference, model)} if config.kl.coef else {}
+  reference = config.kl.coef and config.kl.place == 'loss' and config.kl.reference != policy_gradient.AVERAGE
+  frozen = {'reference': _shape_of(config.kl.reference, model)} if reference else {}
+  rollouts = _rollouts(config.rollouts, advantages=True)
+  if config.critic is not None:
+    rollouts = rollouts._replace(values=rollouts.advantages, returns=rollouts.advantages)
+  part = lambda x: jax.ShapeDtypeStruct((x.shape[0] // config.updates.minibatches, *x.shape[1:]), x.dtype)
   return Abstract(
-      policy_gradient.objective(config, model, frozen.get('reference')), frozen,
-      _rollouts(config.rollouts, advantages=True),
+      policy_gradient.objective(config, model, frozen.get('reference')), frozen, jax.tree.map(part, rollouts),
+      policy_gradient.critic_params(config, model),
   )
 
 
@@ -122,7 +128,16 @@ def _preference(section, model) -> Abstract:
   return Abstract(preference.objective(config, model, frozen.get('reference')), frozen, pairs)
 
 
+def _reward_model(section, model) -> Abstract:
+  config = schema.parse(reward_model.RewardModelConfig, section, 'config.recipe')
+  rows = _batch(config.batch.size, config.batch.length)
+  pairs = config.target == 'outcome'
+  batch = reward_model.Compared(rows, rows) if pairs else reward_model.Stepped(rows, rows.loss_mask)
+  objective = schema.choose('target', config.target, reward_model.TARGETS).objective
+  return Abstract(objective(config, model), {}, batch, reward_model.extra_params(model))
+
+
 RECIPES: dict[str, Callable[[Any, TransformerConfig], Abstract]] = {
     'sft': _sft, 'distill': _distill, 'cross_tokenizer': _cross_tokenizer, 'on_policy_distill': _on_policy_distill,
-    'policy_gradient': _policy_gradient, 'preference': _preference,
+    'policy_gradient': _policy_gradient, 'preference': _preference, 'reward_model': _reward_model,
 }

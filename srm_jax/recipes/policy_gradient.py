@@ -261,11 +261,16 @@ def build(section, context: Context) -> Recipe:
       config.rollouts, config.data, context, advantage=None, rewards=on_policy.open_rewards(config.rewards, config.data)
   )
   frozen = {'reference': (reference.config, reference.params)} if reference and config.kl.place == 'loss' else {}
-  extra = None
-  if config.critic is not None:
-    fresh = functools.partial(heads.init_value_head, embed_dim=context.model.embed_dim)
-    extra = lambda rng: {'value_head': jax.tree.map(jnp.zeros_like, fresh(rng))}  # so that it begins without opinions
-  return Recipe(made, updates.repeated(drawn, config.updates, context.seed, finish=finish), frozen, extra)
+  source = updates.repeated(drawn, config.updates, context.seed, finish=finish)
+  return Recipe(made, source, frozen, critic_params(config, context.model))
+
+
+def critic_params(config: PolicyGradientConfig, model):
+  """rng -> {'value_head': ...}, a critic that begins without opinions; None where there is none."""
+  if config.critic is None:
+    return None
+  fresh = functools.partial(heads.init_value_head, embed_dim=model.embed_dim)
+  return lambda rng: {'value_head': jax.tree.map(jnp.zeros_like, fresh(rng))}
 
 
 def _check(config: PolicyGradientConfig, context: Context):

@@ -12,6 +12,7 @@ OPTIONS = {
     'chain_of_thought': {},
     'self_consistency': {'extract': answer, 'samples': 3},
     'best_of_n': {'score': length_score, 'samples': 3},
+    'weighted_vote': {'extract': answer, 'score': length_score, 'samples': 3},
 }
 
 
