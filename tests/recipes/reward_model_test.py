@@ -2,9 +2,9 @@
 tiny model learns which steps of a chain are right.
 """
 
-import dataclasses
 import functools
 import random
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import pytest
 from configs import base
 from srm_jax import checkpoints, inspection, schema
 from srm_jax.data import records, steps, tokenizer
-from srm_jax.inference.reward_scores import make_reward_scorer
+from srm_jax.inference.reward_scores import make_reward_scorer, reduced
 from srm_jax.losses import reward_model as losses
 from srm_jax.models import heads, transformer
 from srm_jax.models.config import TransformerConfig
@@ -24,7 +24,7 @@ from srm_jax.schema import ConfigError
 from srm_jax.tasks import TASKS, running_sums
 from srm_jax.train import train
 from srm_jax.train_step import value_and_grad
-from srm_jax.types import Completion, Prompt, SamplingParams
+from srm_jax.types import Completion, Problem, Prompt, SamplingParams
 from tests import tiny
 from tests.tiny import one_device, tiny_tasks  # noqa: F401
 
@@ -240,3 +240,57 @@ def test_nothing_to_compare_or_to_learn(tmp_path):
   for target, message in {'outcome': 'no problem with a right and a wrong', 'process': 'no labelled step'}.items():
     with pytest.raises(ConfigError, match=message):
       reward_model.build(section(files, target), CONTEXT)
+
+
+# Whether steps of a chain are right can be learnt: running sums of digits, each of which has one truth.
+
+
+def chain_with_errors(problem, rng):
+  """(a chain that goes wrong at every fourth digit or so and never comes back, whether each of its steps is right)."""
+  digits, text, truth = running_sums.digits_of(problem), '', []
+  total, right = digits[0], True
+  for digit in digits[1:]:
+    slip = rng.random() < 0.25
+    total, right = (total + digit + slip * rng.randrange(1, 10)) % 10, right and not slip
+    text, truth = text + str(total), [*truth, float(right)]
+  return f'{text}\n#### {total}', [*truth, float(right)]
+
+
+def chains(problems, count):
+  """{problem id: its annotations with their labelled steps}."""
+  rng, found = random.Random(1), {}
+  for sample in range(count):
+    for problem in problems:
+      text, truth = chain_with_errors(problem, rng)
+      one = annotation(problem, text, bool(truth[-1]), sample, task='running_sums')
+      found.setdefault(problem.id, []).append(labelled(one, truth, segmentation='characters'))
+  return found
+
+
+def completion(one):
+  asked, tokens = BYTES.encode(one.prompt), (*BYTES.encode(one.completion), BYTES.eos_id)
+  return Completion(Prompt(one.id, one.prompt), 0, one.completion, tuple(asked), tokens, (0.0,) * len(tokens), True)
+
+
+def test_a_tiny_process_model_learns_the_truth_of_every_step(tmp_path):
+  problems = [Problem(q, q, str(sum(map(int, q.split('+'))) % 10)) for q in map('+'.join, product('012', repeat=5))]
+  random.Random(0).shuffle(problems)
+  learnt, held_out = chains(problems[:200], 25), chains(problems[200:], 8)
+  records.write(tmp_path / 'steps.jsonl', sum(learnt.values(), []))
+  data = tiny.data('running_sums', records=str(tmp_path / 'steps.jsonl'), target='unfiltered_completion')
+  recipe = base.reward_model(data, base.batch(64, 24, 'one_per_row'), target='process', segmentation='characters')
+  model = dict(embed_dim=32, num_layers=2, num_heads=4, mlp_dim=64)
+  config = tiny.train(recipe, model=model, num_steps=90, log_every=30)
+  config.optimizer = base.optimizer('muon', learning_rate=5e-3, matrix_learning_rate=0.04, warmup_steps=10)
+  run = train(config, tmp_path / 'run')
+  model, head = checkpoints.model_config(run.workdir), run.params['value_head']
+  scorer = make_reward_scorer(model, run.params['model'], head, BYTES, segment=steps.characters)
+  scores = {name: scorer([completion(one.annotation) for one in group]) for name, group in held_out.items()}
+  flat = np.concatenate(sum(scores.values(), []))
+  truth = np.concatenate([one.rates for group in held_out.values() for one in group])
+  assert np.mean(flat[truth == 1][:, None] > flat[truth == 0][None]) > 0.9  # area under the curve
+  # The aggregate of the steps finds a right chain among eight wherever there is one, nearly always.
+  solvable = {name: group for name, group in held_out.items() if any(one.annotation.correct for one in group)}
+  best = {name: group[int(np.argmax(reduced('min', scores[name])))] for name, group in solvable.items()}
+  chance = np.mean([one.annotation.correct for group in solvable.values() for one in group])
+  assert np.mean([one.annotation.correct for one in best.values()]) > 0.8 > 0.5 > chance
