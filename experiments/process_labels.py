@@ -13,8 +13,8 @@ def run(config, workdir):
   done = label_process(config, workdir)
   found = done.summary
   print(
-      f'{done.path}: {found["steps"]} steps of {found["annotations"]} annotations; {found["mean_rate"]:.1%} of '
-      f'continuations right, {found["right"]:.1%} of steps with a right one'
+      f'{done.path}: {found["steps"]} steps of {found["annotations"]} annotations; {found["mean_rate"] or 0:.1%} of '
+      f'continuations right, {found["right"] or 0:.1%} of steps with a right one'
   )
 
 

@@ -106,7 +106,8 @@ def _write(config: ProcessLabelConfig, student: checkpoints.Model, path, config_
           )
           for (annotation, steps), (rates, tokens) in zip(part, found, strict=True)
       ])
-      bar.advance(len(part), right=_mean([rate for rates, _ in found for rate in rates]))
+      mean = _mean([rate for rates, _ in found for rate in rates])
+      bar.advance(len(part), **({} if mean is None else {'right': mean}))
 
 
 def steps_of(prompting: Prompting, tokenizer, annotation: records.Annotation, segment: Segmentation) -> list[Step]:

@@ -153,6 +153,13 @@ def test_a_killed_run_continues_with_what_is_left(whole, student, annotated, tmp
     assert label_process(config(student, annotated), tmp_path).summary == whole.summary
 
 
+def test_annotations_without_steps_are_recorded_as_such(student, tmp_path):
+  records.write(tmp_path / 'annotations.jsonl', [annotation('', problem=tiny.PARITY.problems('train', count=1)[0])])
+  found = label_process(config(student, str(tmp_path / 'annotations.jsonl')), tmp_path / 'labels')
+  assert [one.rates for one in records.read(found.path, records.StepLabels)] == [[]]
+  assert found.summary['mean_rate'] is None and found.summary['sampled_tokens'] == 0
+
+
 def test_errors(whole, student, annotated, tmp_path):
   with pytest.raises(schema.ConfigError, match="segmentation 'words' unknown"):
     label_process(config(student, annotated, segmentation='words'), tmp_path / 'a')
