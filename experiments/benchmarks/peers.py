@@ -7,11 +7,11 @@ import importlib.util
 
 from srm_jax.models.config import TransformerConfig
 
-MISSING = "PyTorch and transformers are not installed, so there is nothing to compare with: pip install -e '.[bench]'"
+MISSING = "PyTorch, transformers or trl is missing, so there is nothing to compare with: pip install -e '.[bench]'"
 
 
-def installed() -> bool:
-  return all(importlib.util.find_spec(name) for name in ('torch', 'transformers'))
+def installed(*further: str) -> bool:
+  return all(importlib.util.find_spec(name) for name in ('torch', 'transformers', *further))
 
 
 def llama(config: TransformerConfig, *, dtype: str):
