@@ -126,6 +126,7 @@ def line(label: str, took: timing.Timing, reports: list[Mapping[str, float]], ne
   return (
       f'{label:13} {took.wall:7.3f} s   rollout {rate("rollout", needed.rollout)}   scoring {part["scoring"]:6.3f} s   '
       f'update {rate("update", needed.update)}   {part["processor"]:7.3f} processor s'
+      f'{"" if len(reports) > 1 else "   (its first step only)"}'
   )
 
 

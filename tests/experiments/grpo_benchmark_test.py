@@ -114,6 +114,8 @@ def test_a_line_is_of_the_timed_steps_and_gives_rates():
   text = grpo.line('srm_jax', timing.Timing(3.25, 0.0, 3), reports, grpo.Least(100e9, 300e9, 0.0))
   words = 'srm_jax 3.250 s rollout 1.000 s ( 100.0 GFLOP/s) scoring 0.250 s update 2.000 s ( 150.0 GFLOP/s) 6.000'
   assert text.split() == f'{words} processor s'.split()
+  once = grpo.line('srm_jax', timing.Timing(27.0, 0.0, 1), reports[:1], grpo.Least(100e9, 300e9, 0.0))
+  assert once.endswith('99.000 processor s   (its first step only)')
 
 
 def test_speed_is_to_the_faster_way_in_which_a_peer_runs():
