@@ -75,20 +75,26 @@ def inspect(config: ml_collections.ConfigDict, workdir=None, *, rows: int = 4) -
     model = replace(parsed.model, vocab_size=parsed.model.vocab_size or tokenizer.vocab_size)
     build = schema.choose('recipe', parsed.recipe.get('name', ''), RECIPES)
     recipe = build(parsed.recipe, Context(model, tokenizer, parsed.seed, parsed.num_steps))
-    params, step, origin = _student(parsed, model, workdir)
-    batch = recipe.source.next({'model': params}, 0 if parsed.overfit_one_batch else step)
-    return _score(recipe, model, params, tokenizer, batch, step, origin, rows)
+    trained, step, origin = _student(parsed, model, workdir)
+    if recipe.extra_params is not None:
+      trained = {**recipe.extra_params(jax.random.key(parsed.seed)), **trained}
+    batch = recipe.source.next(trained, 0 if parsed.overfit_one_batch else step)
+    return _score(recipe, model, trained['model'], tokenizer, batch, step, origin, rows)
 
 
 def _student(config: TrainConfig, model: TransformerConfig, workdir) -> tuple[Params, int, str]:
-  """(parameters, step, where they come from): newest checkpoint, else init_from, else fresh as `train` makes them."""
+  """({'model': parameters, what was trained beside it}, step, where they come from): newest checkpoint, else
+  init_from, else fresh as `train` makes them.
+  """
   if workdir is not None and any(path.name.isdigit() for path in pathlib.Path(workdir, 'checkpoints').glob('*')):
     found = checkpoints.load_model(workdir)
-    return found.params, found.step, f'checkpoint {found.step} of {workdir}'
+    return {**found.extra, 'model': found.params}, found.step, f'checkpoint {found.step} of {workdir}'
   if config.init_from:
-    return checkpoints.load_model(config.init_from, dtype=model.param_dtype).params, 0, f'init_from {config.init_from}'
+    found = checkpoints.load_model(config.init_from, dtype=model.param_dtype)
+    return {'model': found.params}, 0, f'init_from {config.init_from}'
   key = jax.random.split(jax.random.key(config.seed))[0]
-  return jax.jit(lambda key: transformer.init_params(model, key))(key), 0, f'fresh parameters of seed {config.seed}'
+  fresh = jax.jit(lambda key: transformer.init_params(model, key))(key)
+  return {'model': fresh}, 0, f'fresh parameters of seed {config.seed}'
 
 
 def _score(recipe: Recipe, model, params, tokenizer, batch, step, origin, rows) -> Inspection:

@@ -1,4 +1,4 @@
-"""RL losses against TRL's own code, value and gradient, on random arrays whose ratios are on both sides of every clip."""
+"""RL losses against TRL's own code, value and gradient, on random arrays with ratios on both sides of every clip."""
 
 import collections
 from unittest import mock
