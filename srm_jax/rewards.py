@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,10 +45,11 @@ class Seen(NamedTuple):
 
 
 class Part(NamedTuple):
-  """One summand of a reward: weight times fn(seen)."""
+  """One summand of a reward: weight times fn(seen), or with `together` fn([seen, ...]) of a whole group."""
 
   weight: float
-  fn: Callable[[Seen], float | None]
+  fn: Callable[..., Any]
+  together: bool = False
 
 
 def task_grade(seen: Seen) -> float | None:
@@ -161,30 +162,36 @@ def make_grade(parts: Mapping[str, Part], *, seconds: float = 10.0) -> Callable[
   """
   reported: set[str] = set()
 
-  def one(name: str, fn, *arguments) -> float | None:
+  def guarded(name: str, problem: Problem, fn, *arguments):
+    """What fn gives; None, and the first time a word about it, where it gives nothing that counts."""
     try:
       with _time_limit(seconds):
         value = fn(*arguments)
-      if value is None or math.isfinite(value):
+      if value is None or np.all(np.isfinite(value)):
         return value
       reason = f'gave {value}'
     except (Exception, _TookTooLong) as error:  # a reward is the user's code: what it raises costs one completion
       reason = f'raised {error!r}'
     if name not in reported:
       reported.add(name)
-      where = getattr(arguments[0], 'problem', arguments[0])
-      _LOG.warning('reward %s %s on problem %s; what it fails on counts as unscorable', name, reason, where.id)
+      _LOG.warning('reward %s %s on problem %s; what it fails on counts as unscorable', name, reason, problem.id)
     return None
 
+  def column(name: str, part: Part, problem: Problem, seen: Sequence[Seen]):
+    if part.together:
+      return guarded(name, problem, part.fn, seen) or [None] * len(seen)
+    return [guarded(name, problem, part.fn, one) for one in seen]
+
   def make(task: Task, problem: Problem, completions: Sequence[Completion]) -> list[Graded]:
+    right = [guarded('task', problem, task.grade, problem, one.text) for one in completions]
+    seen = [Seen(task, problem, one, grade) for one, grade in zip(completions, right, strict=True)]
+    columns = {name: column(name, part, problem, seen) for name, part in parts.items()}
     graded = []
-    for completion in completions:
-      right = one('task', task.grade, problem, completion.text)
-      seen = Seen(task, problem, completion, right)
-      values = {name: one(name, part.fn, seen) for name, part in parts.items()}
+    for row, one in enumerate(seen):
+      values = {name: values[row] for name, values in columns.items()}
       known = all(value is not None for value in values.values())
       reward = sum(part.weight * values[name] for name, part in parts.items()) if known else None
-      graded.append(Graded(problem, completion, reward, right, values))
+      graded.append(Graded(problem, one.completion, reward, one.correct, values))
     return graded
 
   return make

@@ -16,6 +16,7 @@ from srm_jax import schema
 from srm_jax.data.prompting import Prompting, prompt_ids
 from srm_jax.data.records import content_hash
 from srm_jax.inference import make_generate
+from srm_jax.recipes import learned_rewards
 from srm_jax.recipes.context import Context, DataConfig, find_task, load_problems, open_data
 from srm_jax.recipes.difficulty import ORDERS
 from srm_jax.rewards import REWARDS, Graded, Part, Seen, grade, make_grade
@@ -77,27 +78,37 @@ class RolloutConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-  """kind: from REWARDS, with its options. weight: in the sum; at 0 it is only reported."""
+  """kind: from REWARDS, or 'model', with its options. weight: in the sum; at 0 it is only reported."""
 
   kind: str
   weight: float
   options: Mapping[str, Any]
 
 
-def open_rewards(section: Mapping[str, Any], data: DataConfig) -> Callable[..., list[Graded]]:
+def open_rewards(
+    section: Mapping[str, Any], data: DataConfig, context: Context,
+) -> tuple[Callable[..., list[Graded]], Mapping[str, Any]]:
   """How completions are graded: by the weighted sum of the section's rewards, or by the task alone where it is empty.
+
+  Returns:
+    (grade, {name: (TransformerConfig, params)} of the models that it asks).
 
   Raises:
     ConfigError: an unknown kind or option, or one that the data do not fit.
   """
   if not section:
-    return grade
-  parts = {}
+    return grade, {}
+  parts, models = {}, {}
   for name, one in section.items():
-    config = schema.parse(RewardConfig, one, f'rewards.{name}')
-    parts[name] = Part(config.weight, schema.bind(f'rewards.{name}.kind', config.kind, config.options, REWARDS))
+    config, where = schema.parse(RewardConfig, one, f'rewards.{name}'), f'rewards.{name}.kind'
+    if config.kind == learned_rewards.KIND:
+      fn, models[f'reward/{name}'] = learned_rewards.open_model(config.options, f'rewards.{name}.options', context)
+      parts[name] = Part(config.weight, fn, together=True)
+    else:
+      kinds = {**REWARDS, learned_rewards.KIND: learned_rewards.open_model}
+      parts[name] = Part(config.weight, schema.bind(where, config.kind, config.options, kinds))
   _try(parts, data)
-  return make_grade(parts)
+  return make_grade(parts), models
 
 
 def _try(parts, data):
@@ -105,6 +116,8 @@ def _try(parts, data):
   problem, task = load_problems(dataclasses.replace(data, count=1))[0], find_task(data.task)
   completion = Completion(None, 0, 'x', (0,), (0,), (0.0,), True)
   for name, part in parts.items():
+    if part.together:
+      continue
     try:
       part.fn(Seen(task, problem, completion, 0.0))
     except (TypeError, ValueError) as error:

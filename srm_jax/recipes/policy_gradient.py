@@ -257,10 +257,10 @@ def build(section, context: Context) -> Recipe:
   made = objective(config, context.model, reference and reference.config)
   _check(config, context)
   finish = credit.finisher(config, context, reference)
-  drawn = on_policy.source(
-      config.rollouts, config.data, context, advantage=None, rewards=on_policy.open_rewards(config.rewards, config.data)
-  )
-  frozen = {'reference': (reference.config, reference.params)} if reference and config.kl.place == 'loss' else {}
+  rewards, frozen = on_policy.open_rewards(config.rewards, config.data, context)
+  drawn = on_policy.source(config.rollouts, config.data, context, advantage=None, rewards=rewards)
+  if reference and config.kl.place == 'loss':
+    frozen = {**frozen, 'reference': (reference.config, reference.params)}
   source = updates.repeated(drawn, config.updates, context.seed, finish=finish)
   return Recipe(made, source, frozen, critic_params(config, context.model))
 

@@ -235,7 +235,8 @@ def test_a_run_without_any_difference_stops_with_advice(fake):
 def test_rewards_of_a_section_are_summed_and_reported(fake):
   parts = dict(task=base.reward('task'), long=base.reward('soft_overlong', 0.5, max_length=3, cache=2))
   data = schema.parse(DataConfig, tiny.data('parity'), 'data')
-  rewards = on_policy.open_rewards(parts, data)
+  rewards, models = on_policy.open_rewards(parts, data, CONTEXT)
+  assert not models
   config = schema.parse(on_policy.RolloutConfig, tiny.rollouts(), 'rollouts')
   made = on_policy.source(config, data, CONTEXT, advantage=None, rewards=rewards).next(always, 0)
   found = on_policy.metrics(made)
@@ -255,7 +256,7 @@ def test_rewards_of_a_section_are_summed_and_reported(fake):
 ])
 def test_rewards_that_cannot_work_are_found_at_the_start(parts, message):
   with pytest.raises(schema.ConfigError, match=message):
-    on_policy.open_rewards(parts, schema.parse(DataConfig, tiny.data(), 'data'))
+    on_policy.open_rewards(parts, schema.parse(DataConfig, tiny.data(), 'data'), CONTEXT)
 
 
 def test_a_budget_is_asked_for_and_told_to_rewards():
