@@ -21,6 +21,7 @@ from experiments.sweep import seeds
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ABLATION = 'experiments/distillation_ablation'
 STUDIES = 'experiments/distillation_studies'
+RL_STUDIES = 'experiments/rl_studies'
 NOT_RUN = 'not run'
 
 
@@ -28,8 +29,8 @@ class Entry(NamedTuple):
   """A study: what was published, and where it is done again.
 
   expected: a line a claim, in the order of the claims that begin with `claims` in the recorded verdicts. config: below
-  the repository; its stem is the section of `results`. module: of experiments/distillation_studies, which runs it;
-  script: what runs it where that is ''. published: a config with the same losses for published models on TPUs, or ''.
+  the repository; its stem is the section of `results`. module: which runs it, in the folder of its studies; script:
+  what runs it where that is ''. published: a config with the same losses for published models on TPUs, or ''.
   seeds: those that the rule is about, as --seeds takes them.
   """
 
@@ -43,6 +44,11 @@ class Entry(NamedTuple):
   claims: str | tuple[str, ...] = ''
   published: str = ''
   seeds: str = '5'
+
+  @property
+  def place(self) -> str:
+    """Of the module, as an import names it."""
+    return '.'.join([*pathlib.PurePosixPath(self.results).parts[:2], self.module])
 
 
 ENTRIES: dict[str, Entry] = {
@@ -93,6 +99,11 @@ ENTRIES: dict[str, Entry] = {
          'a fifth of long chains - the better pure set > -1 point, equal tokens'),
         'configs/studies/chain_length.py', f'{STUDIES}/S7/results.json', module='chain_length',
         seeds='3',
+    ),
+    'S6b': Entry(
+        'RL raises pass@1, and hardly pass@k of many samples', 'arXiv:2402.03300 (figure 7), arXiv:2504.13837',
+        ('pass@1 after GRPO - before > 0', 'a third of that gain - the gain in pass@256 > 0'),
+        'configs/studies/pass_at_k.py', f'{RL_STUDIES}/S6b/results.json', module='pass_at_k',
     ),
 }
 
@@ -152,9 +163,9 @@ def run(identifier: str, workdir: str, *, smoke: bool, seeds_text: str, record: 
     except subprocess.CalledProcessError as error:
       sys.exit(error.returncode)  # the script has said why
     return
-  from experiments.distillation_studies import running
+  from experiments.study import running
 
-  study = importlib.import_module(f'{running.__package__}.{entry.module}').STUDY
+  study = importlib.import_module(entry.place).STUDY
   say = lambda seed, stage: print(f'{identifier}, seed {seed}: {stage.name}, {stage.seconds:.0f} s', flush=True)
   results = running.run(study, workdir, size='smoke' if smoke else 'full', seeds=chosen, report=say)
   print(running.markdown(results))

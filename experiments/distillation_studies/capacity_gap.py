@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.distillation_studies.running import COLORS, Study, mean_and_seeds
+from experiments.study.running import COLORS, Study, mean_and_seeds
 from experiments.study import verdicts
 from experiments.study.cells import graded
 from srm_jax.evaluate import read_completions

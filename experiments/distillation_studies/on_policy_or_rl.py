@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from experiments.distillation_studies.running import COLORS, Study, sampled_tokens
+from experiments.study.running import COLORS, Study, sampled_tokens
 from experiments.study import measure, verdicts
 from experiments.study.cells import graded
 from srm_jax.recipes.context import DataConfig

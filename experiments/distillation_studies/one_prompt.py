@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments.distillation_studies.running import COLORS, Study, mean_and_seeds
+from experiments.study.running import COLORS, Study, mean_and_seeds
 from experiments.study import cells, verdicts
 from experiments.study.cells import graded
 

@@ -30,9 +30,7 @@ def finisher(config, context: Context, reference) -> Callable[[Params, Rollouts]
   Raises:
     ConfigError: an unknown advantage or option.
   """
-  kinds = ADVANTAGES | TOKEN_ADVANTAGES
-  choice = config.advantage
-  advantage = schema.bind('advantage', choice.name, choice.options, kinds, given=('valid', 'values'))
+  advantage = bind(config.advantage)
   several = config.updates.epochs * config.updates.minibatches > 1
   asked = {'old_logprobs': several and config.truncation is not None, 'values': config.critic is not None}
   penalised = config.kl.place == 'reward' and config.kl.coef
@@ -64,17 +62,26 @@ def finisher(config, context: Context, reference) -> Callable[[Params, Rollouts]
       penalty = config.kl.coef * mask * (rollouts.sampler_logprobs - rollouts.reference_logprobs)
     if config.advantage.name in ADVANTAGES:
       rewards, valid = rollouts.rewards - penalty.sum(axis=1), rollouts.valid
-      found = np.asarray(advantage(rewards.reshape(groups), valid=valid.reshape(groups)))
+      found = np.asarray(advantage(rewards.reshape(groups), valid.reshape(groups)))
       advantages, returns = found.reshape(-1, 1) * mask, None
     else:
       scorable = mask * rollouts.valid[:, None]
       rewards = _last(mask) * rollouts.rewards[:, None] - penalty
-      advantages, returns = map(np.asarray, advantage(rewards, scorable, values=rollouts.values))
+      advantages, returns = map(np.asarray, advantage(rewards, scorable, rollouts.values))
     if config.whiten:
       advantages = np.asarray(whiten(advantages, mask * rollouts.valid[:, None]))
     return rollouts._replace(advantages=advantages, returns=returns if config.critic else None)
 
   return finish
+
+
+def bind(choice) -> Callable:
+  """fn(rewards [P, G], valid) of a sequence's advantage, fn(rewards [B, T], mask, values=None) of a token's."""
+  kinds = ADVANTAGES | TOKEN_ADVANTAGES
+  fn = schema.bind('advantage', choice.name, choice.options, kinds, given=('valid', 'values'))
+  if choice.name in ADVANTAGES:
+    return lambda rewards, valid: fn(rewards, valid=valid)
+  return lambda rewards, mask, values=None: fn(rewards, mask, values=rewards if values is None else values)
 
 
 def _placed(batch):

@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from srm_jax import schema
+from srm_jax.losses.advantages import ADVANTAGES
 from srm_jax.losses.kl_penalty import KL_ESTIMATORS
 from srm_jax.losses.policy_gradient import SURROGATES, clipped_value, truncated_importance
 from srm_jax.losses.reductions import DENOMINATORS, REDUCTIONS
@@ -282,3 +284,26 @@ def _check(config: PolicyGradientConfig, context: Context):
     )
   if (config.critic is None) == (config.advantage.name == 'gae'):
     raise schema.ConfigError("advantage 'gae' and a critic need each other; fix: recipe.critic, or another advantage")
+  if config.advantage.name in ADVANTAGES and config.rollouts.samples < 2:
+    raise schema.ConfigError(
+        f'advantage {config.advantage.name!r} compares the completions of a prompt, and rollouts.samples='
+        f"{config.rollouts.samples}; fix: at least 2, or an advantage without groups ('returns_to_go')"
+    )
+  _try(config)
+
+
+def _try(config: PolicyGradientConfig):
+  """Traces the choices on a few numbers, so that an impossible option is found when a config is opened."""
+  one = np.zeros((1, 2), np.float32)
+  surrogate = _bind('surrogate', config.surrogate, SURROGATES, given=('old_logprobs',))
+  asked = {
+      'surrogate': lambda: surrogate(one, one, one, one), 'advantage': lambda: credit.bind(config.advantage)(one, one),
+      'reduction': lambda: _bind('reduction', config.reduction, REDUCTIONS)(one, one),
+      'truncation': lambda: config.truncation is None or truncated_importance(one, one, one, cap=config.truncation),
+      'critic': lambda: config.critic is None or clipped_value(one, one, one, one, clip=config.critic.clip),
+  }
+  for key, fn in asked.items():
+    try:
+      jax.eval_shape(fn)
+    except (TypeError, ValueError) as error:
+      raise schema.ConfigError(f'config.recipe.{key}: {error}') from error

@@ -8,8 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from configs.studies.chain_length import SIZES
-from experiments.distillation_studies import capacity_gap, chain_length, on_policy_or_rl, one_prompt, running
-from experiments.study import cells
+from experiments.distillation_studies import capacity_gap, chain_length, on_policy_or_rl, one_prompt
+from experiments.study import cells, running
 from srm_jax.types import Problem
 
 

@@ -37,9 +37,10 @@ def test_every_entry_points_at_what_is_there(identifier):
   if entry.script:
     assert (reproduce.ROOT / entry.script).exists() and f'bash {entry.script}' in text
   else:
-    study = importlib.import_module(f'experiments.distillation_studies.{entry.module}').STUDY
+    study = importlib.import_module(entry.place).STUDY
     assert study.config == entry.config and f'--run={identifier} ' in text
-    assert entry.results == f'{reproduce.STUDIES}/{identifier}/results.json'
+    folders = reproduce.STUDIES, reproduce.RL_STUDIES
+    assert entry.results in [f'{folder}/{identifier}/results.json' for folder in folders]
 
 
 @pytest.mark.parametrize('identifier', reproduce.ENTRIES)

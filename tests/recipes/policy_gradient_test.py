@@ -308,7 +308,25 @@ def test_all_terms_together_do_not_depend_on_microbatches(monkeypatch):
     (dict(kl=0.1, place='reward', reference='average', estimator='k1'), "'average' is there in the loss alone"),
     (dict(kl=0.1, place='reward'), "in the reward the estimator is 'k1', not 'k3'"),
     (dict(entropy='much'), "config.recipe.entropy is 'much'; give a number, or a schedule"),
+    (dict(advantage=base.choice('group_relative', scale='row')), "advantage: scale 'row' of group_relative unknown"),
+    (dict(surrogate=base.choice('clipped', clip_low=-0.1)), 'surrogate: clip_low -0.1'),
+    (dict(surrogate=base.choice('sapo', positive=0.0)), 'surrogate: positive 0.0'),
+    (dict(reduction=base.choice('fixed_length', max_length=0)), 'reduction: max_length 0 of fixed_length'),
+    (dict(truncation=0.0), 'truncation: cap 0.0 of the importance weights'),
+    (dict(advantage=base.choice('gae'), critic=dict(coef=1.0, clip=0.0)), 'critic: clip 0.0 of clipped_value'),
 ])
 def test_what_does_not_fit_together_is_refused(change, message):
   with pytest.raises(schema.ConfigError, match=message):
     policy_gradient.build(base.policy_gradient(tiny.data('parity'), tiny.rollouts(), **change), CONTEXT)
+
+
+@pytest.mark.parametrize('name', ADVANTAGES)
+def test_a_group_of_one_has_nothing_to_compare_with(name):
+  with pytest.raises(schema.ConfigError, match='compares the completions of a prompt, and rollouts.samples=1; fix: at'):
+    policy_gradient.build(
+        base.policy_gradient(tiny.data('parity'), tiny.rollouts(samples=1), advantage=base.choice(name)), CONTEXT
+    )
+  policy_gradient.build(
+      base.policy_gradient(tiny.data('parity'), tiny.rollouts(samples=1), advantage=base.choice('returns_to_go')),
+      CONTEXT,
+  )
