@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -154,6 +155,11 @@ def source(
     rewards: Callable[..., list[Graded]] = grade,
 ) -> Source:
   """Rollouts as a pure function of (params, seed, step) and of the state: what is carried, and what an order learnt."""
+  if jax.process_count() > 1:
+    raise schema.ConfigError(
+        f'the student samples on one host, and here are {jax.process_count()}: every host would hand in all rows; fix: '
+        'one host, or a recipe that reads a data set'
+    )
   prompting, problems = open_data(data, context.tokenizer), load_problems(data)
   if not problems:
     raise schema.ConfigError(f'no problem to sample for in {data}')

@@ -63,6 +63,12 @@ def test_rows_are_the_shortest_of_three_lengths(longest, length):
   assert on_policy.row_length([[row(2)], [row(longest)]], 16) == length
 
 
+def test_several_hosts_are_refused_rather_than_given_every_row_twice(monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 4)
+  with pytest.raises(schema.ConfigError, match='the student samples on one host, and here are 4'):
+    make()
+
+
 def test_the_state_names_the_prompts():
   source = make()
   source.set_state(source.get_state())
