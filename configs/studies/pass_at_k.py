@@ -1,11 +1,11 @@
 """S6b: does RL bring new answers within reach, or the first answer nearer to what many samples hold already?
 
 Run: python -m experiments.reproduce --run=S6b --workdir=runs/S6b      (a CPU core, 20 minutes; status: not run)
-One arm: GRPO, 16 prompts in groups of 8, 480 updates of Adam at 3e-4 (the rate of S2), from a start that SFT left on its
-way up. Start and end answer 300 test problems 256 times each at temperature 1; pass@k is the unbiased estimate, maj@k
-the share of problems whose most frequent answer among k is right.
-Claims: 1. pass@1 rises; 2. pass@256 gains less than a third of what pass@1 gains. Rule, stated before the first run, over
-5 paired seeds, 1 to 5, on the difference (of claim 2: a third of the gain in pass@1 minus the gain in pass@256):
+One arm: GRPO, 16 prompts in groups of 8, 480 updates of Adam at 3e-4 (the rate of S2), from a start that SFT left on
+its way up. Start and end answer 300 test problems 256 times each at temperature 1; pass@k is the unbiased estimate,
+maj@k the share of problems whose most frequent answer among k is right.
+Claims: 1. pass@1 rises; 2. pass@256 gains less than a third of what pass@1 gains. Rule, stated before the first run,
+over 5 paired seeds, 1 to 5, on the difference (of claim 2: a third of the gain in pass@1 minus that in pass@256):
   supported     its 95 % t interval over seeds is above 0,
   contradicted  that interval is below 0,
   inconclusive  else.
