@@ -1,6 +1,6 @@
 """S6b: does RL bring new answers within reach, or the first answer nearer to what many samples hold already?
 
-Run: python -m experiments.reproduce --run=S6b --workdir=runs/S6b      (a CPU core, 20 minutes; status: not run)
+Run: python -m experiments.reproduce --run=S6b --workdir=runs/S6b      (a CPU core, 12 minutes; status: run)
 One arm: GRPO, 16 prompts in groups of 8, 480 updates of Adam at 3e-4 (the rate of S2), from a start that SFT left on
 its way up. Start and end answer 300 test problems 256 times each at temperature 1; pass@k is the unbiased estimate,
 maj@k the share of problems whose most frequent answer among k is right.
