@@ -13,7 +13,6 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax

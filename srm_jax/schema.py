@@ -19,6 +19,14 @@ class ConfigError(ValueError):
   """A configuration that cannot be run. The message names the key, the value and the fix."""
 
 
+@dataclasses.dataclass(frozen=True)
+class ChoiceConfig:
+  """A registry name and the options that go with it, for `bind`."""
+
+  name: str
+  options: Mapping[str, Any]
+
+
 def unknown(kind: str, name: Any, choices) -> ConfigError:
   """The error for a name that is not in a registry, with the nearest valid names first."""
   near = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=3)

@@ -6,7 +6,6 @@ Paper: Shao et al., DeepSeekMath, arXiv:2402.03300.
 Left out: its penalty k3 of weight 0.04, which kl=0.04 brings back, and the group of 64 (samples=64).
 """
 
-from configs import base
 from configs.rl import problems
 
 

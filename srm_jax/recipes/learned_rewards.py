@@ -7,7 +7,7 @@ those of its steps. Reference: Wang et al., Math-Shepherd, arXiv:2312.08935.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np

@@ -26,14 +26,6 @@ from srm_jax.types import Completion, Mean, Problem, Rollouts, SamplingParams, S
 
 
 @dataclasses.dataclass(frozen=True)
-class OrderConfig:
-  """Which problems come when: a name of ORDERS and its options."""
-
-  name: str
-  options: Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
 class DynamicConfig:
   """prompts: groups sampled at a time; rounds: at most so many times a step. Where that does not fill the step, groups
   without two different rewards do, with no loss on them.
@@ -63,7 +55,7 @@ class RolloutConfig:
   top_k: int
   top_p: float
   cut: str
-  order: OrderConfig
+  order: schema.ChoiceConfig
   dynamic: DynamicConfig | None
   patience: int
 

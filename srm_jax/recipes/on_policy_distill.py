@@ -14,7 +14,6 @@ arXiv:2503.07067.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -39,23 +38,17 @@ class MixConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class AdvantageConfig:
-  """From ADVANTAGES, with its options: of the task's rewards, where a term reads them."""
-
-  name: str
-  options: Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
 class OnPolicyDistillConfig:
-  """data: whose prompts are sampled for. mixing: rows that are not sampled; None where there are none."""
+  """data: whose prompts are sampled for. advantage: from ADVANTAGES, of the task's rewards, where a term reads them.
+  mixing: rows that are not sampled; None where there are none.
+  """
 
   name: str
   teacher: str
   data: DataConfig
   rollouts: on_policy.RolloutConfig
   loss: distill.LossConfig
-  advantage: AdvantageConfig
+  advantage: schema.ChoiceConfig
   mixing: MixConfig | None
 
 

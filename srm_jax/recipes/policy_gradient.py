@@ -32,14 +32,6 @@ from srm_jax.recipes.scoring import score
 from srm_jax.types import Max, Mean, Objective, Recipe, Rollouts
 
 
-@dataclasses.dataclass(frozen=True)
-class ChoiceConfig:
-  """A registry name and the options that go with it."""
-
-  name: str
-  options: Mapping[str, Any]
-
-
 PLACES = ('loss', 'reward')
 AVERAGE = 'average'
 
@@ -91,11 +83,11 @@ class PolicyGradientConfig:
   data: DataConfig
   rollouts: on_policy.RolloutConfig
   rewards: Mapping[str, Any]
-  advantage: ChoiceConfig
+  advantage: schema.ChoiceConfig
   whiten: bool
-  surrogate: ChoiceConfig
+  surrogate: schema.ChoiceConfig
   truncation: float | None
-  reduction: ChoiceConfig
+  reduction: schema.ChoiceConfig
   kl: KLConfig
   entropy: Any
   critic: CriticConfig | None
@@ -167,7 +159,7 @@ def objective(config: PolicyGradientConfig, model, reference_model=None) -> Obje
   return Objective(terms, denominators, _resolved(config), prepare)
 
 
-def _bind(kind, choice: ChoiceConfig, registry, given=()):
+def _bind(kind, choice: schema.ChoiceConfig, registry, given=()):
   return schema.bind(kind, choice.name, choice.options, registry, given=given)
 
 

@@ -14,7 +14,7 @@ Feedback, arXiv:2402.04792. The losses name theirs.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,14 +32,6 @@ from srm_jax.types import Batch, Mean, Objective, Pairs, Recipe, Source
 
 
 @dataclasses.dataclass(frozen=True)
-class ChoiceConfig:
-  """A registry name and the options that go with it."""
-
-  name: str
-  options: Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
 class PreferenceConfig:
   """loss: from PREFERENCES. reference: workdir of the frozen policy, '' for losses that compare with none.
 
@@ -53,7 +45,7 @@ class PreferenceConfig:
   batch: BatchConfig | None
   rollouts: on_policy.RolloutConfig | None
   per_problem: int
-  loss: ChoiceConfig
+  loss: schema.ChoiceConfig
   reference: str
   head_chunk: int | None
 

@@ -14,7 +14,6 @@ Let's Verify Step by Step, arXiv:2305.20050.
 
 import collections
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

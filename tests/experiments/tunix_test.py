@@ -4,7 +4,7 @@ import subprocess
 import pytest
 
 from experiments.benchmarks import tunix
-from srm_jax import plan, schema
+from srm_jax import plan
 
 GIB = 2**30
 CASE = dict(topology='v5e:4x4', rows=64, length=4096, fsdp=16, tensor=1, microbatches=1, splash=True)
