@@ -311,12 +311,14 @@ def test_a_changed_teacher_is_noticed(finished, tmp_path):
 # What is not finite.
 
 def test_a_step_that_is_not_finite_keeps_the_last_good_state(tmp_path, monkeypatch):
-  """The second batch is poisoned and the third is not: neither may move the parameters that are saved."""
+  """The second batch is poisoned and the third is not: neither may move the parameters that are saved. The advantage is
+  tried once before the first.
+  """
   calls = []
 
   def poisoned(rewards, *, valid=None):
     calls.append(1)
-    return np.asarray(group_relative(rewards, valid=valid)) * (np.nan if len(calls) == 2 else 1.0)
+    return np.asarray(group_relative(rewards, valid=valid)) * (np.nan if len(calls) == 3 else 1.0)
 
   monkeypatch.setitem(ADVANTAGES, 'poisoned', poisoned)
   config = changed(GRPO(checkpoint_every=0), recipe__advantage__name='poisoned', recipe__advantage__options=dict())

@@ -285,7 +285,7 @@ def _check(config: PolicyGradientConfig, context: Context):
 
 
 def _try(config: PolicyGradientConfig):
-  """Traces the choices on a few numbers, so that an impossible option is found when a config is opened."""
+  """Tries the choices on a few numbers, so that an impossible option is found when a config is opened."""
   one = np.zeros((1, 2), np.float32)
   surrogate = _bind('surrogate', config.surrogate, SURROGATES, given=('old_logprobs',))
   asked = {
@@ -296,6 +296,6 @@ def _try(config: PolicyGradientConfig):
   }
   for key, fn in asked.items():
     try:
-      jax.eval_shape(fn)
+      fn()
     except (TypeError, ValueError) as error:
       raise schema.ConfigError(f'config.recipe.{key}: {error}') from error
