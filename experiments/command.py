@@ -27,13 +27,14 @@ def show_progress_of_library():
 
 def guarded(action: Callable[[], None]):
   """Runs the action; what a user can mend is one line and an exit code, not a traceback."""
+  from srm_jax.hosts import HostError
   from srm_jax.train import NonFiniteError
 
   try:
     action()
   except NonFiniteError as error:
     sys.exit(_say(error, 1))
-  except (ValueError, FileNotFoundError) as error:
+  except (ValueError, FileNotFoundError, HostError) as error:
     logging.getLogger('srm_jax').debug('', exc_info=True)
     sys.exit(_say(error, 2))
   except KeyboardInterrupt as error:
@@ -45,19 +46,29 @@ def _say(error, code: int) -> int:
   return code
 
 
-def launch(action: Callable):
-  """action(config, workdir), with --config=FILE.py[:arg], --config.key=value and --workdir=DIR."""
+def launch(action: Callable, *, several_hosts: bool = False):
+  """action(config, workdir), with --config=FILE.py[:arg], --config.key=value and --workdir=DIR; several_hosts: and with
+  --hosts.
+  """
   config = config_flags.DEFINE_config_file(
       'config', None, 'FILE.py[:arg] with get_config; override with --config.key=value.',
   )
   workdir = flags.DEFINE_string('workdir', None, 'Where results go; the same command continues a stopped run.')
+  hosts = flags.DEFINE_string(
+      'hosts', '', "'auto' where the cluster tells, or ADDRESS:PORT,COUNT,INDEX; '' for one host.",
+  ) if several_hosts else None
   flags.mark_flags_as_required(['config', 'workdir'])
+
+  def run():
+    if several_hosts and hosts.value:
+      runtime.join_hosts(hosts.value)
+    action(config.value, workdir.value)
 
   def main(argv):
     if len(argv) > 1:
       raise app.UsageError(f'unexpected arguments {argv[1:]}')
     show_progress_of_library()
     runtime.prepare()
-    guarded(lambda: action(config.value, workdir.value))
+    guarded(run)
 
   app.run(main)

@@ -45,6 +45,26 @@ def prepare(cache_dir: str | os.PathLike | None = None):
   _keep_compiled_programs(cache / 'xla')
 
 
+def join_hosts(hosts: str):
+  """Makes this process one of several that run the same command.
+
+  Args:
+    hosts: 'auto' where the environment of a cluster tells JAX (a Cloud TPU slice, GKE, Slurm), or
+      'ADDRESS:PORT,COUNT,INDEX'.
+
+  Raises:
+    ValueError: neither, or an index that is not below the count.
+  """
+  import jax
+
+  if hosts == 'auto':
+    return jax.distributed.initialize()
+  found = re.fullmatch(r'([^,]+:\d+),(\d+),(\d+)', hosts)
+  if not found or int(found[3]) >= int(found[2]):
+    raise ValueError(f"--hosts={hosts}: expected 'auto', or ADDRESS:PORT,COUNT,INDEX with INDEX from 0 to COUNT - 1")
+  return jax.distributed.initialize(found[1], int(found[2]), int(found[3]))
+
+
 def set_virtual_devices(count: int):
   """Makes the CPU look like `count` devices, in place of an earlier count; other flags stay.
 

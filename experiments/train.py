@@ -1,6 +1,9 @@
 """Trains one run.
 
 python -m experiments.train --config=configs/sft/arithmetic.py --workdir=runs/sft [--config.num_steps=200 ...]
+
+On several hosts every one runs the same command with --hosts=auto (a Cloud TPU slice, GKE, Slurm), or with
+--hosts=ADDRESS:PORT,COUNT,INDEX of the first host's address and its own index; the workdir is one that all of them see.
 """
 
 from experiments import command
@@ -15,4 +18,4 @@ def run(config, workdir):
 
 
 if __name__ == '__main__':
-  command.launch(run)
+  command.launch(run, several_hosts=True)

@@ -46,12 +46,14 @@ def read(workdir) -> list[dict]:
 
 
 class Writer(NamedTuple):
-  """Writes rows to metrics.jsonl and TensorBoard event files below a workdir."""
+  """Writes rows to metrics.jsonl and TensorBoard event files below a workdir; with path None to neither."""
 
-  path: pathlib.Path
+  path: pathlib.Path | None
   board: Any  # a tensorboardX.SummaryWriter
 
   def write(self, step: int, row: Mapping[str, float]):
+    if self.path is None:
+      return
     with self.path.open('a') as file:
       file.write(json.dumps({'step': step, **row}) + '\n')
     for name, value in row.items():
@@ -62,13 +64,20 @@ class Writer(NamedTuple):
 
 
 def open_writer(workdir, *, step: int) -> Writer:
-  """A writer that continues after `step`: rows beyond it belong to steps that are about to be run again."""
+  """A writer that continues after `step`: rows beyond it belong to steps that are about to be run again. Of several
+  hosts the first one writes.
+  """
+  writes = jax.process_index() == 0
   path = pathlib.Path(workdir) / 'metrics.jsonl'
   rows = [row for row in read(workdir) if row['step'] <= step]
-  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  if writes:
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
   import tensorboardX  # here, since it imports torch where that is installed: four seconds of every process
 
-  return Writer(path, tensorboardX.SummaryWriter(str(pathlib.Path(workdir) / 'tensorboard'), purge_step=step + 1))
+  board = str(pathlib.Path(workdir) / 'tensorboard')
+  return Writer(
+      path if writes else None, tensorboardX.SummaryWriter(board, purge_step=step + 1, write_to_disk=writes)
+  )
 
 
 class Progress(NamedTuple):

@@ -1,11 +1,12 @@
 """Grades of completions: the reward of RL, the filter of annotation and the score of evaluation are one number.
 
 RL may add shaping to it. `REWARDS` are fn(seen, ...) -> float or None, of one completion; a run's reward is their
-weighted sum, and each is reported apart. None says that a completion cannot be scored: it is left out of baselines and
-counted. So is one whose reward is not finite, raises or takes longer than it may.
+weighted sum, with what models say of a group, and each is reported apart. None says that a completion cannot be scored:
+it is left out of baselines and counted. So is one whose reward is not finite, raises or takes longer than it may.
 """
 
 import contextlib
+import functools
 import logging
 import math
 import signal
@@ -45,11 +46,21 @@ class Seen(NamedTuple):
 
 
 class Part(NamedTuple):
-  """One summand of a reward: weight times fn(seen), or with `together` fn([seen, ...]) of a whole group."""
+  """One summand of a reward: weight times fn(seen), or of a model fn([graded, ...]) of a whole group."""
 
   weight: float
   fn: Callable[..., Any]
-  together: bool = False
+
+
+class Grading(NamedTuple):
+  """How groups are graded.
+
+  grade: (task, problem, completions) -> [Graded], code that one host runs. judge: [Graded] -> [Graded] with what models
+  say of the group, which run on the devices of all hosts; None where none is asked.
+  """
+
+  grade: Callable[..., list[Graded]]
+  judge: Callable[[list[Graded]], list[Graded]] | None = None
 
 
 def task_grade(seen: Seen) -> float | None:
@@ -160,12 +171,54 @@ def make_grade(parts: Mapping[str, Part], *, seconds: float = 10.0) -> Callable[
     (task, problem, completions) -> graded completions. A part that raises, hangs or gives no finite number makes a
     completion unscorable; the first time, its name and the reason are logged.
   """
+  guarded = _guard(functools.partial(_time_limit, seconds))
+
+  def make(task: Task, problem: Problem, completions: Sequence[Completion]) -> list[Graded]:
+    right = [guarded('task', problem, task.grade, problem, one.text) for one in completions]
+    seen = [Seen(task, problem, one, grade) for one, grade in zip(completions, right, strict=True)]
+    columns = {name: [guarded(name, problem, part.fn, one) for one in seen] for name, part in parts.items()}
+    graded = []
+    for row, one in enumerate(seen):
+      values = {name: values[row] for name, values in columns.items()}
+      known = all(value is not None for value in values.values())
+      reward = sum(part.weight * values[name] for name, part in parts.items()) if known else None
+      graded.append(Graded(problem, one.completion, reward, one.correct, values))
+    return graded
+
+  return make
+
+
+def make_judge(models: Mapping[str, Part]) -> Callable[[list[Graded]], list[Graded]]:
+  """(graded completions of a group) -> the same with the weighted values of models added.
+
+  There is no limit of time, which hosts that compute together could judge differently. What a model raises on makes a
+  group unscorable, as in `make_grade`.
+  """
+  guarded = _guard(contextlib.nullcontext)
+
+  def judge(group: list[Graded]) -> list[Graded]:
+    for name, part in models.items():
+      values = guarded(name, group[0].problem, part.fn, group) or [None] * len(group)
+      group = [_plus(one, name, part.weight, value) for one, value in zip(group, values, strict=True)]
+    return group
+
+  return judge
+
+
+def _plus(one: Graded, name: str, weight: float, value: float | None) -> Graded:
+  reward = None if one.reward is None or value is None else one.reward + weight * value
+  return one._replace(reward=reward, parts={**one.parts, name: value})
+
+
+def _guard(limit: Callable[[], contextlib.AbstractContextManager]):
+  """(name, problem, fn, *arguments) -> what fn gives within the limit; None, and the first time a word about it, where
+  it gives nothing that counts.
+  """
   reported: set[str] = set()
 
   def guarded(name: str, problem: Problem, fn, *arguments):
-    """What fn gives; None, and the first time a word about it, where it gives nothing that counts."""
     try:
-      with _time_limit(seconds):
+      with limit():
         value = fn(*arguments)
       if value is None or np.all(np.isfinite(value)):
         return value
@@ -177,24 +230,7 @@ def make_grade(parts: Mapping[str, Part], *, seconds: float = 10.0) -> Callable[
       _LOG.warning('reward %s %s on problem %s; what it fails on counts as unscorable', name, reason, problem.id)
     return None
 
-  def column(name: str, part: Part, problem: Problem, seen: Sequence[Seen]):
-    if part.together:
-      return guarded(name, problem, part.fn, seen) or [None] * len(seen)
-    return [guarded(name, problem, part.fn, one) for one in seen]
-
-  def make(task: Task, problem: Problem, completions: Sequence[Completion]) -> list[Graded]:
-    right = [guarded('task', problem, task.grade, problem, one.text) for one in completions]
-    seen = [Seen(task, problem, one, grade) for one, grade in zip(completions, right, strict=True)]
-    columns = {name: column(name, part, problem, seen) for name, part in parts.items()}
-    graded = []
-    for row, one in enumerate(seen):
-      values = {name: values[row] for name, values in columns.items()}
-      known = all(value is not None for value in values.values())
-      reward = sum(part.weight * values[name] for name, part in parts.items()) if known else None
-      graded.append(Graded(problem, one.completion, reward, one.correct, values))
-    return graded
-
-  return make
+  return guarded
 
 
 class _TookTooLong(BaseException):

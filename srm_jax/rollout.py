@@ -5,41 +5,58 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from srm_jax import hosts
 from srm_jax.data import packing
 from srm_jax.data.prompting import Prompting
-from srm_jax.rewards import Graded, grade, known_arrays, reward_arrays
+from srm_jax.rewards import Graded, Grading, grade, known_arrays, reward_arrays
 from srm_jax.types import Batch, Generate, Outcomes, Problem, Rollouts, SamplingParams
 
 
 def rollout(
     generate: Generate, prompting: Prompting, problems: Sequence[Problem], sampling: SamplingParams, *,
-    grade: Callable[..., list[Graded]] = grade,
+    grading: Grading = Grading(grade),
 ) -> list[list[Graded]]:
-  """One group of `sampling.samples` graded completions a problem, in order."""
+  """One group of `sampling.samples` graded completions a problem, in order.
+
+  All hosts have all completions; each is graded by one of them, which tells the others.
+  """
   completions = generate([prompting.prompt(problem) for problem in problems], sampling)
-  return [grade(prompting.task, problem, group) for problem, group in zip(problems, completions, strict=True)]
+
+  def grades(place: int) -> list:
+    group = grading.grade(prompting.task, problems[place], completions[place])
+    return [(one.reward, one.correct, one.parts) for one in group]
+
+  told = hosts.deal(grades, range(len(problems)))
+  groups = [
+      [Graded(problem, one, *row) for one, row in zip(group, rows, strict=True)]
+      for problem, group, rows in zip(problems, completions, told, strict=True)
+  ]
+  return groups if grading.judge is None else [grading.judge(group) for group in groups]
 
 
 def to_rollouts(
-    groups: Sequence[Sequence[Graded]], *, length: int, pad_id: int, advantage: Callable[..., np.ndarray] | None = None
+    groups: Sequence[Sequence[Graded]], *, length: int, pad_id: int, prompt_width: int = 0,
+    advantage: Callable[..., np.ndarray] | None = None,
 ) -> Rollouts:
   """Numpy rollouts of equal-sized groups, one completion a row.
 
   Args:
     groups: P groups of G.
     length: positions of a row.
-    pad_id: fills what is behind a completion.
+    pad_id: fills what is behind a completion, or before a prompt.
+    prompt_width: slot at which completions begin; 0 puts them right behind prompts that begin with the row.
     advantage: (rewards [P, G], valid=[P, G]) -> [P, G], or None where no objective reads advantages.
 
   Returns:
     Rollouts with B = P G rows; advantages are spread over the sampled tokens of a row.
 
   Raises:
-    ValueError: a row longer than `length`.
+    ValueError: a row longer than `length`, or a prompt longer than its slots.
   """
   rows = [one.completion for group in groups for one in group]
   batch, aligned = packing.completions_batch(
-      [row.prompt_tokens for row in rows], [row.tokens for row in rows], length=length, pad_id=pad_id
+      [row.prompt_tokens for row in rows], [row.tokens for row in rows], length=length, pad_id=pad_id,
+      prompt_width=prompt_width,
   )
   rewards, valid = reward_arrays(groups)
   advantages = None

@@ -11,6 +11,8 @@ import flax.linen as nn
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from srm_jax import hosts
+
 MESH_AXES = ('data', 'fsdp', 'tensor')
 TOKEN_AXES = ('data', 'fsdp')  # tokens of a batch are split over both
 
@@ -89,6 +91,15 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   return x if mesh is None else jax.lax.with_sharding_constraint(x, spec(names, x.shape, mesh))
 
 
+def rows_together(group: int, rows: int) -> int:
+  """How many rows of a group are side by side on one device, where `rows` rows in groups of `group` are split over the
+  current mesh: the largest such divisor of the group.
+  """
+  mesh = current_mesh()
+  devices = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in TOKEN_AXES)
+  return math.gcd(group, rows if rows % devices else rows // devices)
+
+
 def logical_names(boxed):
   """Tree of logical name tuples (as PartitionSpec) from a boxed (abstract) parameter tree."""
   return nn.get_partition_spec(boxed)
@@ -130,12 +141,43 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def shard_rows(tree, mesh: Mesh):
   """Puts every host's arrays [B / hosts, ...] on the mesh as [B, ...] with rows split over the token axes (whole where
-  they do not divide).
+  they do not divide). Which host's rows come first is left to the mesh.
   """
 
   def put(x):
-    names = ('batch',) + (None,) * (x.ndim - 1) if x.ndim else ()
-    rows = (x.shape[0] * jax.process_count(), *x.shape[1:]) if x.ndim else ()
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, spec(names, rows, mesh)), x)
+    shape = (x.shape[0] * jax.process_count(), *x.shape[1:]) if x.ndim else ()
+    placed = _by_rows(shape, mesh)
+    if x.ndim and _rows_here(placed, shape) != x.shape[0]:  # devices of several hosts hold the same rows
+      return shard_whole(hosts.whole(x), mesh)
+    return jax.make_array_from_process_local_data(placed, x)
 
   return jax.tree.map(put, tree)
+
+
+def shard_whole(tree, mesh: Mesh):
+  """`shard_rows` of arrays [B, ...] that every host has, in their order."""
+  put = lambda x: jax.make_array_from_callback(x.shape, _by_rows(x.shape, mesh), lambda index: x[index])
+  return jax.tree.map(put, tree)
+
+
+def own_rows(tree):
+  """This host's part [B / hosts, ...], for `shard_rows`, of arrays [B, ...] that every host has.
+
+  Raises:
+    ValueError: the rows do not divide over the hosts.
+  """
+  count, rows = jax.process_count(), len(jax.tree.leaves(tree)[0])
+  if rows % count:
+    raise ValueError(f'{rows} rows of a step do not divide over {count} hosts; choose a multiple of it')
+  share = rows // count
+  return jax.tree.map(lambda x: x[jax.process_index() * share :][:share], tree)
+
+
+def _by_rows(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, spec(('batch',) * min(len(shape), 1) + (None,) * (len(shape) - 1), shape, mesh))
+
+
+def _rows_here(placed: NamedSharding, shape: Sequence[int]) -> int:
+  """How many rows this host's devices hold."""
+  found = {index[0].indices(shape[0])[:2] for index in placed.addressable_devices_indices_map(tuple(shape)).values()}
+  return sum(stop - start for start, stop in found)

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from srm_jax import alarms, checkpoints, diagnostics, metrics, optimizers, schema, sharding
+from srm_jax import alarms, checkpoints, diagnostics, hosts, metrics, optimizers, schema, sharding
 from srm_jax.data import tokenizer as tokenizers
 from srm_jax.models import adapters, transformer, weights
 from srm_jax.models.adapters import AdapterConfig
@@ -100,8 +100,8 @@ def train(config: ml_collections.ConfigDict, workdir) -> Run:
   with jax.set_mesh(mesh), _memory_said(parsed):
     setup = _setup(parsed, mesh)
     tracked = {key: value for key, value in plain.items() if key != 'progress'}
-    checkpoints.claim(workdir, tracked)
-    checkpoints.describe_model(workdir, setup.context.model, parsed.tokenizer)
+    hosts.first(lambda: checkpoints.claim(workdir, tracked))
+    hosts.first(lambda: checkpoints.describe_model(workdir, setup.context.model, parsed.tokenizer))
     saved = checkpoints.open_checkpoints(workdir, keep=parsed.keep_checkpoints)
     try:
       state = _loop(setup, workdir, saved)
@@ -325,7 +325,8 @@ def _loop(setup: _Setup, workdir, saved) -> TrainState:
   start = int(state.step)
   writer = metrics.open_writer(workdir, step=start)
   watch = alarms.watcher(metrics.read(workdir))
-  bar = metrics.progress(config.recipe['name'], config.num_steps, done=start, disable=not config.progress)
+  silent = not config.progress or jax.process_index() > 0
+  bar = metrics.progress(config.recipe['name'], config.num_steps, done=start, disable=silent)
   key, collected, clock, pending = jax.random.key(config.seed), [], time.perf_counter(), None
   with _Interrupts() as interrupts, bar:
     for step in range(start, config.num_steps):
@@ -333,7 +334,7 @@ def _loop(setup: _Setup, workdir, saved) -> TrainState:
         host_batch = recipe.source.next(state.params, 0 if config.overfit_one_batch else step)
       if step == start:
         _LOG.info('first batch: %s', describe(host_batch))
-      flops += step_flops(setup.context.model, recipe, host_batch)
+      flops += sum(hosts.gather(step_flops(setup.context.model, recipe, host_batch)))
       batch = sharding.shard_rows(host_batch, setup.mesh)
       _check_finite(setup, workdir, saved, state, pending, flops)  # before another step moves the last good state
       state, out = step_fn(state, batch, setup.frozen, jax.random.fold_in(key, step))
@@ -350,7 +351,7 @@ def _loop(setup: _Setup, workdir, saved) -> TrainState:
         collected = []
         bar.advance(0, loss=row['loss'])
       bar.advance(1)
-      stop = interrupts.signal is not None
+      stop = any(hosts.gather(interrupts.signal is not None))
       if last or stop or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0):
         _check_finite(setup, workdir, saved, state, pending, flops)
         saved.save(state, _meta(setup, flops))
@@ -368,7 +369,8 @@ def _check_finite(setup: _Setup, workdir, saved, state, pending, flops):
   step, batch, _ = pending
   path = pathlib.Path(workdir) / f'non_finite_batch_{step}.npz'
   leaves = jax.tree_util.tree_leaves_with_path(batch)
-  np.savez(path, **{jax.tree_util.keystr(p, simple=True, separator='.'): np.asarray(x) for p, x in leaves})
+  arrays = {jax.tree_util.keystr(p, simple=True, separator='.'): hosts.whole(x) for p, x in leaves}
+  hosts.first(lambda: np.savez(path, **arrays))
   saved.save(state, _meta(setup, flops))
   saved.manager.wait_until_finished()
   key = jax.random.fold_in(jax.random.key(setup.config.seed), step)

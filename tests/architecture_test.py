@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # A module imports only from its own floor and below. The longest matching name decides.
 FLOORS = {
   'srm_jax': 0,
-  'srm_jax.types': 0, 'srm_jax.sharding': 0, 'srm_jax.schema': 0,
+  'srm_jax.types': 0, 'srm_jax.sharding': 0, 'srm_jax.schema': 0, 'srm_jax.hosts': 0,
   'srm_jax.models': 1, 'srm_jax.losses': 1,
   'srm_jax.inference': 2, 'srm_jax.data': 2, 'srm_jax.tasks': 2,
   'srm_jax.rollout': 3, 'srm_jax.rewards': 3, 'srm_jax.train_step': 3, 'srm_jax.optimizers': 3,

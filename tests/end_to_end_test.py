@@ -7,10 +7,8 @@ import json
 import os
 import pathlib
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -18,15 +16,14 @@ import pytest
 
 from configs import quickstart, quickstart_sizes
 from configs.distill import published_ablation
-from experiments import runtime
 from srm_jax import checkpoints, metrics, schema, stages
 from srm_jax.data import records
 from srm_jax.models import transformer, weights
 from srm_jax.models.config import TransformerConfig
 from srm_jax.train import train
 from tests.data import chats
+from tests.processes import ROOT, finish, kill_at, one_device, start
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = sorted(
     str(path.relative_to(ROOT).with_suffix('')).replace('/', '.')
     for path in (ROOT / 'configs').rglob('*.py') if 'def get_config(' in path.read_text()
@@ -209,50 +206,15 @@ SFT = [
     '--config.checkpoint_every=3', '--config.log_every=1', '--config.progress=False', '--config.model.embed_dim=16',
     '--config.model.head_dim=4', '--config.model.mlp_dim=32', '--config.model.num_layers=1', '--workdir={workdir}',
 ]
-GRPO = ['-c', """
-from tests import tiny
-from srm_jax.train import train
-tiny.register()
-train(tiny.grpo(num_steps=8, checkpoint_every=2), {workdir!r})
-"""]
-
-
-def one_device():
-  """The environment of a process as users start it, without the eight devices of the tests."""
-  flags = f'--xla_force_host_platform_device_count=1 {runtime.HASTY}'
-  return os.environ | {'XLA_FLAGS': flags, 'PYTHONPATH': str(ROOT)}
-
-
-def start(command, workdir):
-  arguments = [part.replace('{workdir!r}', repr(str(workdir))).replace('{workdir}', str(workdir)) for part in command]
-  return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=one_device(), stderr=subprocess.PIPE, text=True)
-
-
-def finish(process):
-  _, errors = process.communicate(timeout=600)
-  assert process.returncode == 0, errors
-  return errors
-
-
-def kill_at(process, workdir, step):
-  """SIGKILL as soon as a row of `step` is on disk."""
-  until = time.monotonic() + 600
-  while not any(row['step'] >= step for row in metrics.read(workdir)):
-    assert process.poll() is None and time.monotonic() < until, process.stderr.read()
-    time.sleep(0.005)
-  process.send_signal(signal.SIGKILL)
-  process.communicate()
-  assert process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('command, step, last', [(SFT, 7, 12), (GRPO, 5, 8)], ids=['sft', 'grpo'])
-def test_kill_minus_nine_and_the_same_command_again_give_the_same_bits(tmp_path, command, step, last):
-  whole, torn = tmp_path / 'whole', tmp_path / 'torn'
-  finish(start(command, whole))
-  kill_at(start(command, torn), torn, step)
+def test_kill_minus_nine_and_the_same_command_again_give_the_same_bits(tmp_path):
+  whole, torn, last = tmp_path / 'whole', tmp_path / 'torn', 12
+  finish(start(SFT, whole))
+  kill_at(start(SFT, torn), torn, 7)
   assert metrics.read(torn)[-1]['step'] < last
-  finish(start(command, torn))
+  finish(start(SFT, torn))
   expected, actual = checkpoints.load_model(whole), checkpoints.load_model(torn)
   assert actual.step == expected.step == last and actual.fingerprint == expected.fingerprint
   jax.tree.map(np.testing.assert_array_equal, actual.params, expected.params)

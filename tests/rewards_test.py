@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from srm_jax import rewards
-from srm_jax.rewards import REWARDS, Part, Seen, grade, make_grade, reward_arrays
+from srm_jax.rewards import REWARDS, Part, Seen, grade, make_grade, make_judge, reward_arrays
 from srm_jax.types import Completion, Problem
 from tests.rollout_test import completion
 from tests.tiny import PARITY, SUMS
@@ -133,6 +133,23 @@ def test_what_fails_costs_one_completion(fails, caplog):
   assert [one.reward for one in found] == [2.0, None, 2.0]
   assert found[1].parts == dict(good=1.0, bad=None)
   assert all('reward bad' in line and 'unscorable' in line for line in caplog.messages) and len(caplog.messages) <= 1
+
+
+def test_what_models_say_is_added_to_the_grades(caplog):
+  problem = SUMS.problems('train', count=1)[0]
+  graded = [one._replace(parts={'task': one.reward}) for one in grade(SUMS, problem, completions(3))]
+  graded[2] = graded[2]._replace(reward=None)
+  shown = Part(0.0, lambda group: [1.0] * len(group))
+  judge = make_judge({'a': Part(2.0, lambda group: [0.25, 0.5, 0.75]), 'b': shown})
+  found = judge(graded)
+  assert [one.reward for one in found] == [graded[0].reward + 0.5, graded[1].reward + 1.0, None]
+  assert [one.parts for one in found] == [
+      {'task': one.parts['task'], 'a': a, 'b': 1.0} for one, a in zip(graded, (0.25, 0.5, 0.75))
+  ]
+  with caplog.at_level(logging.WARNING):
+    failed = make_judge({'a': Part(1.0, lambda group: 1 / 0)})(graded)
+  assert [(one.reward, one.parts['a']) for one in failed] == [(None, None)] * 3
+  assert 'reward a raised' in caplog.text and 'unscorable' in caplog.text
 
 
 def test_a_reward_that_swallows_everything_does_not_hang():

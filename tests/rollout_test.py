@@ -8,7 +8,7 @@ import pytest
 
 from srm_jax.data import prompting, tokenizer
 from srm_jax.losses.advantages import ADVANTAGES
-from srm_jax.rewards import Graded
+from srm_jax.rewards import Graded, Grading, grade
 from srm_jax.rollout import all_sampled, beside, from_data, rollout, subsample, to_rollouts
 from srm_jax.types import Completion, Prompt, SamplingParams
 from tests import tiny
@@ -84,6 +84,9 @@ def test_rollout_keeps_the_order_of_the_problems():
   groups = rollout(generate, asked, problems, SamplingParams(samples=2))
   assert [[one.problem.id for one in group] for group in groups] == [[problem.id] * 2 for problem in problems]
   assert all(one.reward == 1.0 for group in groups for one in group)
+  doubled = Grading(grade, lambda group: [one._replace(reward=2 * one.reward) for one in group])
+  judged = rollout(generate, asked, problems, SamplingParams(samples=2), grading=doubled)
+  assert [[one.reward for one in group] for group in judged] == [[2.0, 2.0]] * 3
 
 
 def test_subsample_covers_every_problem_once_an_epoch_and_is_a_pure_function():

@@ -110,14 +110,18 @@ def annotations(data: DataConfig) -> list[records.Annotation]:
   found = list(records.read(data.records))
   if data.pass_rate is not None:
     rates, (low, high) = pass_rates(found), _range(data.pass_rate)
-    found = [annotation for annotation in found if low <= rates[annotation.problem.id] <= high]
+    found = [annotation for annotation in found if low <= rates.get(annotation.problem.id, 0.0) <= high]
   return [annotation for annotation in found if annotation.correct or data.target.startswith('unfiltered')]
 
 
 def pass_rates(annotations: Sequence[records.Annotation]) -> dict[str, float]:
-  """{problem id: share of its annotations that are right}; what could not be graded counts as wrong."""
+  """{problem id: share of its annotations that are right}; what could not be graded counts as wrong, and what was
+  sampled with a hint says nothing.
+  """
   grades: dict[str, list[bool]] = {}
   for annotation in annotations:
+    if annotation.hint:
+      continue
     grades.setdefault(annotation.problem.id, []).append(bool(annotation.correct))
   return {problem: sum(right) / len(right) for problem, right in grades.items()}
 

@@ -12,20 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from srm_jax import schema, sharding
+from srm_jax import hosts, schema, sharding
 from srm_jax.losses.advantages import ADVANTAGES, TOKEN_ADVANTAGES, whiten
 from srm_jax.recipes.context import Context
-from srm_jax.recipes.scoring import score
+from srm_jax.recipes.scoring import ALONE, Groups, score
 from srm_jax.types import Mean, Params, Rollouts
 
 
-def finisher(config, context: Context, reference) -> Callable[[Params, Rollouts], Rollouts]:
+def finisher(config, context: Context, reference, groups: Groups = ALONE) -> Callable[[Params, Rollouts], Rollouts]:
   """(params, rollouts) -> rollouts with advantages, and what else the objective needs that is fixed before an update.
 
   Args:
     config: PolicyGradientConfig.
     context: of the policy.
     reference: checkpoints.Model of the reference policy, or None.
+    groups: how rows share prompts.
 
   Raises:
     ConfigError: an unknown advantage or option.
@@ -34,10 +35,10 @@ def finisher(config, context: Context, reference) -> Callable[[Params, Rollouts]
   several = config.updates.epochs * config.updates.minibatches > 1
   asked = {'old_logprobs': several and config.truncation is not None, 'values': config.critic is not None}
   penalised = config.kl.place == 'reward' and config.kl.coef
-  groups = config.rollouts.prompts, config.rollouts.samples
+  shape = config.rollouts.prompts, config.rollouts.samples
 
   def scored(model):
-    options = dict(temperature=config.temperature, chunk=config.head_chunk)
+    options = dict(temperature=config.temperature, chunk=config.head_chunk, groups=groups)
     return jax.jit(lambda params, batch, head: score(model, params, batch, value_head=head, **options))
 
   own, theirs = scored(context.model), reference and scored(reference.config)
@@ -47,13 +48,13 @@ def finisher(config, context: Context, reference) -> Callable[[Params, Rollouts]
       return rollouts
     found = own(params['model'], _placed(rollouts.batch), params.get('value_head'))
     known = {'old_logprobs': found['logprobs'], 'values': found.get('values')}
-    return rollouts._replace(**{name: np.asarray(known[name]) for name, wanted in asked.items() if wanted})
+    return rollouts._replace(**{name: hosts.whole(known[name]) for name, wanted in asked.items() if wanted})
 
   def of_reference(rollouts: Rollouts) -> Rollouts:
     if not penalised:
       return rollouts
     found = theirs(reference.params, _placed(rollouts.batch), None)['logprobs']
-    return rollouts._replace(reference_logprobs=np.asarray(found))
+    return rollouts._replace(reference_logprobs=hosts.whole(found))
 
   def finish(params, rollouts: Rollouts) -> Rollouts:
     rollouts = of_reference(of_trainer(params, rollouts))
@@ -62,7 +63,7 @@ def finisher(config, context: Context, reference) -> Callable[[Params, Rollouts]
       penalty = config.kl.coef * mask * (rollouts.sampler_logprobs - rollouts.reference_logprobs)
     if config.advantage.name in ADVANTAGES:
       rewards, valid = rollouts.rewards - penalty.sum(axis=1), rollouts.valid
-      found = np.asarray(advantage(rewards.reshape(groups), valid.reshape(groups)))
+      found = np.asarray(advantage(rewards.reshape(shape), valid.reshape(shape)))
       advantages, returns = found.reshape(-1, 1) * mask, None
     else:
       scorable = mask * rollouts.valid[:, None]
@@ -86,7 +87,7 @@ def bind(choice) -> Callable:
 
 def _placed(batch):
   mesh = sharding.current_mesh()
-  return batch if mesh is None else sharding.shard_rows(batch, jax.sharding.get_mesh())
+  return batch if mesh is None else sharding.shard_whole(batch, jax.sharding.get_mesh())
 
 
 def _last(mask: np.ndarray) -> np.ndarray:

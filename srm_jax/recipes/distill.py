@@ -34,7 +34,7 @@ WITHOUT_TEACHER = ('cross_entropy', 'top_k')  # kinds
 # What a run reports besides its terms, under names of their own; 'tokens' is all token terms together.
 TAKEN = (
     'tokens', 'loss', 'grad_norm', 'finite', 'step', 'flops', 'seconds_per_step', 'reward', 'completion_tokens',
-    'unscorable', 'truncated', 'length_right', 'length_wrong', 'pass_rate', 'zero_variance',
+    'unscorable', 'truncated', 'length_right', 'length_wrong', 'pass_rate', 'zero_variance', 'drawn_tokens',
 )
 
 

@@ -17,7 +17,7 @@ from srm_jax.inference.reward_scores import make_reward_scorer, reduced
 from srm_jax.losses.reward_model import AGGREGATIONS
 from srm_jax.recipes import reward_model
 from srm_jax.recipes.context import Context, require_same_vocabulary
-from srm_jax.rewards import Seen
+from srm_jax.rewards import Graded
 
 KIND = 'model'
 
@@ -31,7 +31,7 @@ class ModelRewardConfig:
 
 
 def open_model(options: Mapping[str, Any], where: str, context: Context):
-  """(fn([seen, ...]) -> probabilities, (TransformerConfig, params)) of a reward model.
+  """(fn([graded, ...]) -> probabilities, (TransformerConfig, params)) of a reward model.
 
   Raises:
     ConfigError: the folder holds none, its tokenizer is another one, or the score is unknown.
@@ -48,7 +48,7 @@ def open_model(options: Mapping[str, Any], where: str, context: Context):
       segment=reward_model.segmentation(section),
   )
 
-  def fn(seen: Sequence[Seen]) -> list[float]:
-    return np.exp(reduced(config.score, score([one.completion for one in seen]))).tolist()
+  def fn(group: Sequence[Graded]) -> list[float]:
+    return np.exp(reduced(config.score, score([one.completion for one in group]))).tolist()
 
   return fn, (model.config, {**model.params, reward_model.HEAD: model.extra[reward_model.HEAD]})

@@ -20,7 +20,7 @@ from srm_jax.inference import make_generate
 from srm_jax.recipes import learned_rewards
 from srm_jax.recipes.context import Context, DataConfig, find_task, load_problems, open_data
 from srm_jax.recipes.difficulty import ORDERS
-from srm_jax.rewards import REWARDS, Graded, Part, Seen, grade, make_grade
+from srm_jax.rewards import REWARDS, Graded, Grading, Part, Seen, grade, make_grade, make_judge
 from srm_jax.rollout import rollout, to_rollouts
 from srm_jax.types import Completion, Mean, Problem, Rollouts, SamplingParams, Source
 
@@ -80,28 +80,28 @@ class RewardConfig:
 
 def open_rewards(
     section: Mapping[str, Any], data: DataConfig, context: Context,
-) -> tuple[Callable[..., list[Graded]], Mapping[str, Any]]:
+) -> tuple[Grading, Mapping[str, Any]]:
   """How completions are graded: by the weighted sum of the section's rewards, or by the task alone where it is empty.
 
   Returns:
-    (grade, {name: (TransformerConfig, params)} of the models that it asks).
+    (Grading, {name: (TransformerConfig, params)} of the models that it asks).
 
   Raises:
     ConfigError: an unknown kind or option, or one that the data do not fit.
   """
   if not section:
-    return grade, {}
-  parts, models = {}, {}
+    return Grading(grade), {}
+  parts, judges, models = {}, {}, {}
   for name, one in section.items():
     config, where = schema.parse(RewardConfig, one, f'rewards.{name}'), f'rewards.{name}.kind'
     if config.kind == learned_rewards.KIND:
       fn, models[f'reward/{name}'] = learned_rewards.open_model(config.options, f'rewards.{name}.options', context)
-      parts[name] = Part(config.weight, fn, together=True)
+      judges[name] = Part(config.weight, fn)
     else:
       kinds = {**REWARDS, learned_rewards.KIND: learned_rewards.open_model}
       parts[name] = Part(config.weight, schema.bind(where, config.kind, config.options, kinds))
   _try(parts, data)
-  return make_grade(parts), models
+  return Grading(make_grade(parts), make_judge(judges) if judges else None), models
 
 
 def _try(parts, data):
@@ -109,16 +109,20 @@ def _try(parts, data):
   problem, task = load_problems(dataclasses.replace(data, count=1))[0], find_task(data.task)
   completion = Completion(None, 0, 'x', (0,), (0,), (0.0,), True)
   for name, part in parts.items():
-    if part.together:
-      continue
     try:
       part.fn(Seen(task, problem, completion, 0.0))
     except (TypeError, ValueError) as error:
       raise schema.ConfigError(f'rewards.{name}: {error}') from error
 
 
-def check_lengths(config: RolloutConfig, prompting: Prompting, problems: Sequence[Problem], context: Context):
-  """Raises ConfigError where the longest prompt and max_new_tokens fit neither in a row nor in the model's context."""
+def check_lengths(
+    config: RolloutConfig, prompting: Prompting, problems: Sequence[Problem], context: Context,
+) -> int:
+  """Tokens of the longest prompt.
+
+  Raises:
+    ConfigError: with max_new_tokens it fits neither in a row nor in the model's context.
+  """
   lengths = {problem.id: len(prompt_ids(context.tokenizer, prompting.prompt(problem))) for problem in problems}
   longest = max(lengths, key=lengths.get)
   room = min(config.length, context.model.max_length)
@@ -127,14 +131,37 @@ def check_lengths(config: RolloutConfig, prompting: Prompting, problems: Sequenc
         f'prompt {longest} has {lengths[longest]} tokens; with max_new_tokens={config.max_new_tokens} it does not fit '
         f'in {room}, the smaller of rollouts.length={config.length} and model.max_length={context.model.max_length}'
     )
+  return lengths[longest]
 
 
-def row_length(groups, limit: int) -> int:
-  """Half, three quarters or all of `limit`, whichever is the least that holds every row: little padding, few
-  programs.
+def prompt_width(config: RolloutConfig, data: DataConfig, context: Context) -> int:
+  """Slots that hold every prompt of the data.
+
+  Raises:
+    ConfigError: as `check_lengths`; no problem.
   """
-  longest = max(len(one.completion.prompt_tokens) + len(one.completion.tokens) for group in groups for one in group)
-  return next(length for length in (limit // 2, 3 * limit // 4, limit) if longest <= length or length == limit)
+  return check_lengths(config, open_data(data, context.tokenizer), _problems(data), context)
+
+
+def _problems(data: DataConfig) -> list[Problem]:
+  problems = load_problems(data)
+  if not problems:
+    raise schema.ConfigError(f'no problem to sample for in {data}')
+  return problems
+
+
+def row_length(groups, config: RolloutConfig, prompt_width: int) -> int:
+  """Half, three quarters or all of what a row may hold, whichever is the least that is enough: little padding, few
+  programs. With a width for prompts, it is that and as much of max_new_tokens.
+  """
+  rows = [one.completion for group in groups for one in group]
+  if prompt_width:
+    return prompt_width + _enough(max(len(row.tokens) for row in rows), config.max_new_tokens)
+  return _enough(max(len(row.prompt_tokens) + len(row.tokens) for row in rows), config.length)
+
+
+def _enough(needed: int, limit: int) -> int:
+  return next(length for length in (limit // 2, 3 * limit // 4, limit) if needed <= length or length == limit)
 
 
 def informative(group: Sequence[Graded]) -> bool:
@@ -144,17 +171,21 @@ def informative(group: Sequence[Graded]) -> bool:
 
 def source(
     config: RolloutConfig, data: DataConfig, context: Context, *, advantage: Callable | None,
-    rewards: Callable[..., list[Graded]] = grade,
+    rewards: Grading = Grading(grade), prompt_width: int = 0,
 ) -> Source:
-  """Rollouts as a pure function of (params, seed, step) and of the state: what is carried, and what an order learnt."""
-  if jax.process_count() > 1:
+  """Rollouts as a pure function of (params, seed, step) and of the state: what is carried, and what an order learnt.
+
+  Every host has all rows of a step, from one program on the devices of all of them, and the same grades, so that all
+  decide alike; `sharding.own_rows` are those that it hands in.
+
+  prompt_width: slot at which all completions begin; 0 puts each right behind its prompt.
+  """
+  rows, hosts = config.prompts * config.samples, jax.process_count()
+  if rows % hosts:
     raise schema.ConfigError(
-        f'the student samples on one host, and here are {jax.process_count()}: every host would hand in all rows; fix: '
-        'one host, or a recipe that reads a data set'
+        f'rollouts.prompts x samples are {rows} rows a step, which do not divide over {hosts} hosts; choose a multiple'
     )
-  prompting, problems = open_data(data, context.tokenizer), load_problems(data)
-  if not problems:
-    raise schema.ConfigError(f'no problem to sample for in {data}')
+  prompting, problems = open_data(data, context.tokenizer), _problems(data)
   check_lengths(config, prompting, problems, context)
   order = schema.bind('rollouts.order', config.order.name, config.order.options, ORDERS)(problems, context.seed)
   identity = {'data_hash': content_hash([problem.id for problem in problems]), 'seed': context.seed}
@@ -168,7 +199,7 @@ def source(
   def draw(params, count: int, turn: int) -> list[list[Graded]]:
     generate = make_generate(context.model, params['model'], context.tokenizer, batch_size=count * config.samples)
     drawn = dataclasses.replace(sampling, seed=context.seed * 1_000_003 + turn)
-    groups = rollout(generate, prompting, order.choose(count, turn), drawn, grade=rewards)
+    groups = rollout(generate, prompting, order.choose(count, turn), drawn, grading=rewards)
     order.learn(groups)
     return groups
 
@@ -192,8 +223,10 @@ def source(
     else:
       groups = drawn = draw(params, config.prompts, step)
     _watch(now, groups, config.patience)
-    length = row_length(groups, config.length)
-    made = to_rollouts(groups, length=length, pad_id=context.tokenizer.pad_id, advantage=advantage)
+    made = to_rollouts(
+        groups, length=row_length(groups, config, prompt_width), pad_id=context.tokenizer.pad_id,
+        prompt_width=prompt_width, advantage=advantage,
+    )
     outcomes = made.outcomes._replace(drawn=_in_sum(drawn, len(made.rewards)))
     return _masked(made._replace(outcomes=outcomes), groups, config)
 
@@ -241,6 +274,7 @@ def _in_sum(groups, rows: int) -> Mapping[str, np.ndarray]:
   totals = {
       'right': sum(grades), 'graded': len(grades), 'groups': len(groups),
       'still': sum(not informative(group) for group in groups),
+      'tokens': sum(len(one.completion.tokens) for group in groups for one in group),
   }
   return {name: np.full(rows, total / rows, np.float32) for name, total in totals.items()}
 
@@ -287,4 +321,5 @@ def metrics(rollouts: Rollouts) -> dict:
     total = {name: jnp.sum(values) for name, values in outcomes.drawn.items()}
     found['pass_rate'] = Mean(total['right'], total['graded'])
     found['zero_variance'] = Mean(total['still'], total['groups'])
+    found['drawn_tokens'] = Mean(total['tokens'], rows)  # of dropped groups too, for each row that is learnt
   return found

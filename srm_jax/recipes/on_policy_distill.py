@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from srm_jax import schema
+from srm_jax import schema, sharding
 from srm_jax.losses.advantages import ADVANTAGES
 from srm_jax.recipes import cached, distill, on_policy, schedules
 from srm_jax.recipes.context import BatchConfig, Context, DataConfig, dataset, load_teacher
@@ -123,9 +123,8 @@ def build(section, context: Context) -> Recipe:
       'advantage', config.advantage.name, config.advantage.options, ADVANTAGES, given=('valid',)
   )
   rewarded = any(isinstance(one.term, PolicyTerm) and one.term.rewarded for one in terms.values())
-  sampled = on_policy.source(
-      config.rollouts, config.data, context, advantage=advantage if rewarded else None
-  )
+  drawn = on_policy.source(config.rollouts, config.data, context, advantage=advantage if rewarded else None)
+  sampled = drawn._replace(next=lambda params, step: sharding.own_rows(drawn.next(params, step)))
   return Recipe(
       objective(config.loss, context.model, teacher.config, temperature=config.rollouts.temperature),
       _mixed(config, sampled, context),

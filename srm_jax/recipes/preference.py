@@ -221,7 +221,8 @@ def _sampled(config: PreferenceConfig, context: Context, loss: Bound) -> Source:
   inner = on_policy.source(config.rollouts, config.data, context, advantage=None)
 
   def next_pairs(params, step: int) -> Pairs:
-    return pairing.of_rollouts(inner.next(params, step), samples=samples, mismatched=loss.unpaired)
+    rollouts = inner.next(params, step)
+    return sharding.own_rows(pairing.of_rollouts(rollouts, samples=samples, mismatched=loss.unpaired))
 
   return inner._replace(next=next_pairs)
 

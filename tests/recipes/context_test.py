@@ -147,6 +147,19 @@ def test_pass_rates_that_cannot_be(chains, rate, message):
     context.worked_examples(section(records=chains, target='completion', pass_rate=rate))
 
 
+def test_what_read_a_hint_says_nothing_of_the_pass_rate(tmp_path):
+  path, (problem, other, _) = str(tmp_path / 'a.jsonl'), PROBLEMS
+  hinted = [dataclasses.replace(annotation(one, 5, 'led', True), hint=' ({answer})') for one in (problem, other)]
+  records.write(path, [annotation(problem, 0, 'wrong', False), annotation(problem, 1, 'right', True), *hinted])
+  assert context.pass_rates(records.read(path)) == {problem.id: 0.5}
+  learnt = lambda low, high: [
+      item.completion for item in context.worked_examples(
+          section(records=path, target='completion', pass_rate=(low, high)),
+      )
+  ]
+  assert learnt(0.5, 0.5) == ['right', 'led'] and learnt(0.0, 0.0) == ['led']
+
+
 def test_pass_rates_are_of_annotations():
   with pytest.raises(schema.ConfigError, match='is of data.records'):
     context.worked_examples(section(pass_rate=(0.0, 1.0)))

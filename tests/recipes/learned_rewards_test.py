@@ -38,13 +38,13 @@ def folder(tmp_path_factory):
 def test_its_probability_is_a_part_of_the_reward(folder):
   data = schema.parse(DataConfig, tiny.data('parity'), 'data')
   parts = dict(task=base.reward('task', 0.5), judge=base.reward('model', 2.0, folder=folder, score='last'))
-  grade, models = on_policy.open_rewards(parts, data, CONTEXT)
+  grading, models = on_policy.open_rewards(parts, data, CONTEXT)
   assert set(models) == {'reward/judge'} and models['reward/judge'][0] == MODEL
   policy, judge = (checkpoints.load_model(folder) for _ in range(2))
   generate = make_generate(MODEL, policy.params, policy.tokenizer, batch_size=8)
   problems = tiny.PARITY.problems('train', count=3)
   asked = prompting.plain(tiny.PARITY, policy.tokenizer)
-  groups = rollout(generate, asked, problems, SamplingParams(samples=4, max_new_tokens=6), grade=grade)
+  groups = rollout(generate, asked, problems, SamplingParams(samples=4, max_new_tokens=6), grading=grading)
   score = make_reward_scorer(MODEL, judge.params, judge.extra['value_head'], judge.tokenizer)
   logits = np.array([row[-1] for row in score([one.completion for group in groups for one in group])])
   expected = 1 / (1 + np.exp(-logits))

@@ -57,15 +57,18 @@ def test_samples_of_a_group_share_the_prompt_and_differ_after_it(drawn):
     assert len({tuple(row[:4]) for row in rows}) == 1 and len({tuple(row) for row in rows}) == 4
 
 
+ROOM = SimpleNamespace(length=16, max_new_tokens=8)
+
+
 @pytest.mark.parametrize('longest, length', [(3, 8), (8, 8), (9, 12), (12, 12), (13, 16), (16, 16), (17, 16)])
 def test_rows_are_the_shortest_of_three_lengths(longest, length):
   row = lambda tokens: Graded(None, Completion(None, 0, '', (1,), (2,) * (tokens - 1), (), True), None)
-  assert on_policy.row_length([[row(2)], [row(longest)]], 16) == length
+  assert on_policy.row_length([[row(2)], [row(longest)]], ROOM, 0) == length
 
 
-def test_several_hosts_are_refused_rather_than_given_every_row_twice(monkeypatch):
-  monkeypatch.setattr(jax, 'process_count', lambda: 4)
-  with pytest.raises(schema.ConfigError, match='the student samples on one host, and here are 4'):
+def test_rows_that_do_not_divide_over_the_hosts_are_refused(monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 3)
+  with pytest.raises(schema.ConfigError, match='are 8 rows a step, which do not divide over 3 hosts'):
     make()
 
 
@@ -99,7 +102,13 @@ def test_metrics_count_what_can_be_scored():
 def test_rows_are_no_longer_than_the_batch_needs(prompt, completion, length):
   short = SimpleNamespace(completion=SimpleNamespace(prompt_tokens=(0,), tokens=(0,)))
   longest = SimpleNamespace(completion=SimpleNamespace(prompt_tokens=(0,) * prompt, tokens=(0,) * completion))
-  assert on_policy.row_length([[short, longest], [short, short]], 16) == length
+  assert on_policy.row_length([[short, longest], [short, short]], ROOM, 0) == length
+
+
+@pytest.mark.parametrize('completion, length', [(1, 9), (4, 9), (5, 11), (6, 11), (7, 13), (8, 13)])
+def test_behind_prompts_of_one_width_only_completions_count(completion, length):
+  row = SimpleNamespace(completion=SimpleNamespace(prompt_tokens=(0,) * 3, tokens=(0,) * completion))
+  assert on_policy.row_length([[row, row]], ROOM, 5) == length
 
 
 # Dynamic sampling, on completions that a fake sampler writes: no model is asked.
@@ -182,6 +191,8 @@ def test_rates_are_of_all_that_was_drawn(fake):
   assert found['zero_variance'].count == pytest.approx(drawn)
   assert found['zero_variance'].total == pytest.approx(drawn - informative) and drawn > informative
   assert 0 < found['pass_rate'].total <= found['pass_rate'].count <= 4 * drawn
+  sampled = found['drawn_tokens']  # dropped groups and carried ones were sampled as well: four completions each
+  assert sampled.count == 8 and drawn > 2 and sampled.total == pytest.approx(4 * drawn * made.outcomes.lengths.mean())
   halves = jax.tree.map(lambda x: x[::2], made), jax.tree.map(lambda x: x[1::2], made)
   for name, whole in found.items():  # microbatches add up
     parts = [on_policy.metrics(half)[name] for half in halves]
