@@ -66,11 +66,14 @@ INSTRUCTION = "\n\nReason step by step. End with a line that holds '#### ' and t
 
 
 def prompt(
-    format='plain', *, preface='', system='', instruction=INSTRUCTION, options=None, supervised='all', turns='all',
+    format='plain', *, preface='', hint='', system='', instruction=INSTRUCTION, options=None, supervised='all',
+    turns='all',
 ):
-  """'chat' asks through the chat template beside the tokenizer; preface stands before the problem in any format."""
+  """'chat' asks through the chat template beside the tokenizer; preface stands before the problem in any format,
+  hint=' ({answer})' behind it.
+  """
   return ConfigDict(dict(
-      format=format, preface=preface, system=system, instruction=instruction, options=options or {},
+      format=format, preface=preface, hint=hint, system=system, instruction=instruction, options=options or {},
       supervised=supervised, turns=turns,
   ))
 
@@ -289,11 +292,15 @@ def process_labels(student, data, sampling, *, segmentation='lines', batch_size=
   ))
 
 
-def annotate(teacher, data, sampling, *, batch_size=256, chunk=256, cache_k=0):
-  """cache_k above 0 caches so many of the teacher's next tokens for the right annotations, in WORKDIR/cache."""
+def annotate(teacher, data, sampling, *, batch_size=256, chunk=256, cache_k=0, hint='', paths=0):
+  """cache_k above 0 caches so many of the teacher's next tokens for the right annotations, in WORKDIR/cache.
+
+  hint: ' ({answer})' shows the answer of problems that have no right sample, and asks again (STaR). paths above 0 keeps
+  so many right annotations a problem, of distinct paths, in WORKDIR/kept.jsonl (RFT).
+  """
   return ConfigDict(dict(
-      teacher=teacher, data=data, sampling=sampling, batch_size=batch_size, chunk=chunk, cache_k=cache_k, mesh=(),
-      progress=True,
+      teacher=teacher, data=data, sampling=sampling, batch_size=batch_size, chunk=chunk, cache_k=cache_k, hint=hint,
+      paths=paths, mesh=(), progress=True,
   ))
 
 

@@ -1,11 +1,12 @@
 """Whether a training run fits a TPU topology, and what bounds its step, without a TPU: compiles the real step with
 libtpu.
 
-python -m experiments.plan --config=configs/sft/qwen2p5_0p5b.py --topology=v5e:4x4 [--dense] [--largest] \\
+python -m experiments.plan --config=configs/sft/qwen2p5_0p5b.py --topology=v5e:4x4 [--dense] [--largest] [--rollout] \\
     [--config.mesh='(1,16,1)' ...]
 
 --dense also compiles the lm head that forms all logits at once. --largest looks for the most rows that fit, at the
-config's length, mesh and microbatches; every try is a compilation. Needs pip install -e '.[tpu]'; a plain CPU machine
+config's length, mesh and microbatches; every try is a compilation. Of a recipe that samples, --rollout also compiles
+what samples a step's completions. Needs pip install -e '.[tpu]'; a plain CPU machine
 is enough.
 """
 
@@ -51,6 +52,18 @@ def show(name: str, found, console):
   console.print(table)
 
 
+def show_rollout(found, chip, console):
+  """Prints what sampling needs, program by program."""
+  table = rich.table.Table('rollout', 'arguments', 'temporaries', 'outputs', 'total with what is trained')
+  for name, memory in found.items():
+    parts = (f'{getattr(memory, part) / GIB:.2f} GiB' for part in ('arguments', 'temporaries', 'outputs'))
+    table.add_row(name, *parts, f'{memory.total / GIB:.2f} GiB ({"fits" if memory.fits else "DOES NOT FIT"})')
+  console.print(table)
+  if 'decode' in found:
+    seconds = found['decode'].arguments / chip.hbm_bandwidth
+    console.print(f'a token of every row reads its weights and cache once: >= {1e3 * seconds:.2f} ms')
+
+
 def largest(config, devices, console):
   """The plan of the largest batch that fits; prints every try.
 
@@ -78,7 +91,7 @@ def largest(config, devices, console):
   return tried[rows]
 
 
-def run(config, topology: str, dense: bool, grow: bool):
+def run(config, topology: str, *, dense: bool, grow: bool, rollout: bool):
   from srm_jax import plan
 
   devices, console = plan.topology_devices(topology), rich.console.Console()
@@ -86,6 +99,8 @@ def run(config, topology: str, dense: bool, grow: bool):
   for name, chunk in heads.items():
     chosen = config if chunk == 'config' else plan.with_head(config, chunk)
     show(name, largest(chosen, devices, console) if grow else plan.plan(chosen, devices), console)
+  if rollout:
+    show_rollout(plan.plan_rollout(config, devices), plan.CHIPS[devices[0].device_kind], console)
 
 
 def launch():
@@ -95,13 +110,16 @@ def launch():
   topology = flags.DEFINE_string('topology', None, 'Of the TPU slice, such as v5e:4x4, v5p:2x2x2 or v6e:4x4.')
   dense = flags.DEFINE_bool('dense', False, 'Compare the chunked lm head with the dense one.')
   grow = flags.DEFINE_bool('largest', False, 'Find the most rows that fit.')
+  rollout = flags.DEFINE_bool('rollout', False, 'Plan the sampling of a step, too.')
   flags.mark_flags_as_required(['config', 'topology'])
 
   def main(argv):
     if len(argv) > 1:
       raise app.UsageError(f'unexpected arguments {argv[1:]}')
     command.show_progress_of_library()
-    command.guarded(lambda: run(config.value, topology.value, dense.value, grow.value))
+    command.guarded(lambda: run(
+        config.value, topology.value, dense=dense.value, grow=grow.value, rollout=rollout.value,
+    ))
 
   app.run(main)
 

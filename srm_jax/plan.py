@@ -1,10 +1,12 @@
-"""Compiles a run's train step for a TPU topology on a machine without TPUs: memory, collectives and a roofline.
+"""Compiles a run's train step for a TPU topology on a machine without TPUs: memory, collectives and a roofline; and the
+programs that sample its rollouts.
 
-Nothing is computed and no data is read: parameters, optimizer state and batch are shapes with shardings. The step is
-the one that `train` jits, compiled by libtpu for the topology's devices.
+Nothing is computed and no data is read: parameters, optimizer state and batch are shapes with shardings. The programs
+are those that `train` jits, compiled by libtpu for the topology's devices.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import re
@@ -13,11 +15,14 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from srm_jax import hlo, optimizers, schema, sharding
 from srm_jax.data import tokenizer as tokenizers
+from srm_jax.inference import decode
 from srm_jax.models import adapters, transformer
 from srm_jax.models.config import TransformerConfig, forward_flops, train_flops
 from srm_jax.recipes import adapted
@@ -122,7 +127,7 @@ def plan(config: ml_collections.ConfigDict, devices) -> Plan:
   with jax.set_mesh(mesh):  # only around tracing: nothing can be computed on these devices
     stays = jax.tree.map(lambda x: x.sharding, arguments[0])
     traced = jax.jit(step, donate_argnums=0, out_shardings=(stays, None)).trace(*arguments)
-    memory, text = _compile(traced)
+    memory, compiled = _compile(traced)
   memory = memory._replace(fits=memory.fits and memory.total <= chip.hbm)
   rows, length = jax.eval_shape(lambda batch: getattr(batch, 'batch', batch), recipe.batch).inputs.shape
   useful = train_flops(model, rows * length, length / 2)
@@ -130,7 +135,76 @@ def plan(config: ml_collections.ConfigDict, devices) -> Plan:
     useful = 2 * forward_flops(model, rows * length, length / 2)
   executed = hlo.jaxpr_flops(traced.jaxpr)
   known = Plan(chip, len(devices), rows * length, useful, executed, memory, None, None)
-  return known if text is None else _with_traffic(known, text)
+  return known if compiled is None else _with_traffic(known, compiled.as_text())
+
+
+def plan_rollout(config: ml_collections.ConfigDict, devices) -> dict[str, Memory]:
+  """What each program needs that samples a step's completions, all rows at once and each as long as a row may be.
+
+  'merge' makes weights of the compute dtype, 'gather' the last layer of the copy to decode with, 'prefill' runs the
+  prompts, 'grow' makes room in the cache for the last time, 'decode' then samples. What is trained, and frozen models,
+  stay where they are meanwhile and are in every total. The first program that the compiler cannot fit is the last.
+
+  Raises:
+    ConfigError: as `plan`; a recipe that samples nothing.
+  """
+  parsed = schema.parse(TrainConfig, schema.resolve(config), 'config')
+  rollouts = parsed.recipe.get('rollouts')
+  if rollouts is None:
+    raise schema.ConfigError(f'recipe {parsed.recipe.get("name", "")!r} samples nothing: it has no rollouts')
+  chip = schema.choose('chip', devices[0].device_kind, CHIPS)
+  mesh, model = sharding.make_mesh(parsed.mesh, devices), _model(parsed)
+  recipe = schema.choose('recipe', parsed.recipe['name'], RECIPES)(parsed.recipe, model)
+  _, (state, _, frozen, _) = _step(parsed, model, recipe, mesh)
+  found: dict[str, Memory] = {}
+
+  def add(name, traced, own=(), beside=()):
+    """The program's results, placed. own: what of the training is among its arguments; beside: what else is there."""
+    memory, compiled = _compile(traced)
+    total = memory.total + _bytes_of((state, frozen)) - _bytes_of(own) + _bytes_of(beside)
+    found[name] = memory._replace(total=total, fits=memory.fits and total <= chip.hbm)
+    return compiled and _placed(traced.out_info, compiled.output_shardings)
+
+  def whole(params, base):
+    return params['model'] if base is None else adapted.joined(model, parsed.adapters, params, base)['model']
+
+  with jax.set_mesh(mesh):
+    given = (state.params, frozen.get(adapted.BASE))
+    merged = add('merge', jax.jit(lambda *given: decode.merge(model, whole(*given))).trace(*given), given)
+    if merged is not None:
+      copy = jax.eval_shape(lambda *given: decode.prepare(model, whole(*given)), *given)
+      weights = _placed(copy, sharding.shardings(decode.copy_names(model), copy, mesh))
+      _add_sampling(add, model, merged, weights, rollouts)
+  return found
+
+
+def _add_sampling(add, model: TransformerConfig, merged, weights, rollouts: Mapping[str, Any]):
+  """The last layer, prefill, the cache's last growth and decoding, as `inference.decode` runs them."""
+  others = {**weights, 'layers': weights['layers'][1:]}
+  if add('gather', decode.gather_layer.trace(model, merged['layers'], np.int32(0)), beside=others) is None:
+    return
+  new, prompts, rows = rollouts['max_new_tokens'], rollouts['prompts'], rollouts['prompts'] * rollouts['samples']
+  used = decode.bucket(rollouts['length'] - new - 1)
+  sizes = sorted({decode.bucket(used + min(new, end)) for end in range(decode.STEPS, new + decode.STEPS, decode.STEPS)})
+  ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+  keys = jax.ShapeDtypeStruct((rows, 2), jnp.uint32)
+  given = (weights, ints(prompts, used + 1), ints(prompts), ints(rows), keys)
+  prefill = functools.partial(decode.prefill.trace, model, *given)
+  state = add('prefill', prefill(size=sizes[0]))
+  if len(sizes) > 1 and state is not None:
+    state = _placed(prefill(size=sizes[-2]).out_info, jax.tree.map(lambda x: x.sharding, state))
+    state = add('grow', decode.grow.trace(state, size=sizes[-1]), beside=weights)
+  if state is not None:
+    add('decode', decode.decode.trace(
+        model, weights, state, jax.ShapeDtypeStruct((), jnp.float32), ints(1), ints(), top_k=rollouts['top_k'],
+        top_p=rollouts['top_p'], steps=decode.STEPS,
+    ))
+
+
+def _bytes_of(placed) -> int:
+  """On one chip."""
+  shard = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+  return sum(shard(x) for x in jax.tree.leaves(placed))
 
 
 def _with_traffic(known: Plan, text: str) -> Plan:
@@ -203,7 +277,8 @@ def _step(config: TrainConfig, model, recipe: Abstract, mesh):
   return step, (state, _rows(recipe.batch, mesh), frozen, key)
 
 
-def _compile(traced) -> tuple[Memory, str | None]:
+def _compile(traced) -> tuple[Memory, Any]:
+  """(memory, the compiled program or None)."""
   try:
     compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as error:
@@ -211,7 +286,7 @@ def _compile(traced) -> tuple[Memory, str | None]:
   stats = compiled.memory_analysis()
   outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
   parts = (stats.argument_size_in_bytes, stats.temp_size_in_bytes, outputs)
-  return Memory(*parts, sum(parts) + stats.generated_code_size_in_bytes, True), compiled.as_text()
+  return Memory(*parts, sum(parts) + stats.generated_code_size_in_bytes, True), compiled
 
 
 _SIZE = re.compile(r'([\d.]+)([KMGT]?)')

@@ -155,6 +155,8 @@ def _rows(rollouts: Rollouts) -> list[np.ndarray]:
 
 def _group(rows: Rollouts, models: Sequence, asked: _Asked, tokenizer: Tokenizer, temperature: float) -> Group:
   """One group [G, T], scored by the policy and, where there is one, the reference."""
+  before = int(np.argmax(rows.batch.segment_ids[0] > 0))  # slots of padding, alike for all rows of a prompt
+  rows = jax.tree.map(lambda x: x[:, before:] if x.ndim == 2 else x, rows)
   batch = rows.batch
   own, *theirs = (
       jax.device_get(_score(config, params, batch, temperature=temperature, chunk=None)) for config, params in models

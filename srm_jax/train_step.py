@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from srm_jax import sharding
 from srm_jax.types import Max, Mean, Objective, TrainState
 
 
@@ -21,10 +22,11 @@ def init_state(params, tx: optax.GradientTransformation, *, ema: bool = False) -
   return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average)
 
 
-def split_microbatches(batch, count: int):
+def split_microbatches(batch, count: int, *, group: int = 1):
   """[B, ...] leaves -> [count, B / count, ...], rows j, j + count, ... in microbatch j.
 
-  The split is strided, so that rows stay on their device.
+  The split is strided, so that rows stay on their device. Of groups of rows that belong together, runs of rows take the
+  rows' place: as long as a microbatch's share of a device allows.
 
   Raises:
     ValueError: count does not divide the rows.
@@ -34,7 +36,9 @@ def split_microbatches(batch, count: int):
     rows = x.shape[0]
     if rows % count:
       raise ValueError(f'{rows} rows do not divide into {count} microbatches; change batch_size or microbatches')
-    return jnp.swapaxes(x.reshape(rows // count, count, *x.shape[1:]), 0, 1)
+    run = sharding.rows_together(group, rows // count)
+    runs = jnp.swapaxes(x.reshape(rows // count // run, count, run, *x.shape[1:]), 0, 1)
+    return runs.reshape(count, rows // count, *x.shape[1:])
 
   return jax.tree.map(split, batch)
 
@@ -82,7 +86,8 @@ def value_and_grad(objective: Objective, params, batch, frozen, rng, *, step=0, 
   if microbatches == 1:
     (total, metrics), grads = gradient(params, batch, rng)
   else:
-    total, grads, metrics = _accumulate(gradient, params, split_microbatches(batch, microbatches), rng, microbatches)
+    parts = split_microbatches(batch, microbatches, group=objective.group)
+    total, grads, metrics = _accumulate(gradient, params, parts, rng, microbatches)
   metrics = {
       name: Mean(value.total, counts[name[5:]]) if name.startswith('loss/') else value
       for name, value in metrics.items()

@@ -127,6 +127,7 @@ class Objective(NamedTuple):
   prepare(batch, step) -> what terms and denominators get in the batch's place, made of the global batch before it is
   split: scheduled weights, counts of other masks. Leaves keep their rows in front. None leaves the batch as it is.
   indivisible: why the batch cannot be split into microbatches; '' where it can.
+  group: rows that follow each other and share work; a microbatch holds them side by side where it can.
   """
 
   terms: Callable[..., tuple[dict[str, tuple[Any, Any]], dict[str, Mean | Max]]]
@@ -134,6 +135,7 @@ class Objective(NamedTuple):
   resolved: Mapping[str, Any]
   prepare: Callable[[Any, Any], Any] | None = None
   indivisible: str = ''
+  group: int = 1
 
 
 class Source(NamedTuple):

@@ -130,14 +130,14 @@ def test_the_largest_batch_is_printed_with_every_try(cpu_chip, monkeypatch):
   sizes = {n: plan.plan(plan.with_rows(config, n), jax.devices()[:2]).memory.total for n in (2, 4, 10, 12)}
   assert sizes[12] - sizes[10] == sizes[4] - sizes[2] == 2 * 5 * 4 * 32  # five fields of two rows
   monkeypatch.setitem(plan.CHIPS, jax.devices()[0].device_kind, cpu_chip._replace(hbm=sizes[10]))
-  main.run(config, 'any', dense=False, grow=True)
+  main.run(config, 'any', dense=False, grow=True, rollout=False)
   text = console.export_text()
   assert [line.split()[0] for line in text.splitlines() if ' rows: ' in line] == ['4', '8', '16', '12', '10']
   assert '10 rows are the most that fit, in steps of 2' in text and text.count('does not fit') == 2
   assert '320 tokens' in text
   monkeypatch.setitem(plan.CHIPS, jax.devices()[0].device_kind, cpu_chip._replace(hbm=sizes[2] - 1))
   with pytest.raises(schema.ConfigError, match='2 rows do not fit'):
-    main.run(config, 'any', dense=False, grow=True)
+    main.run(config, 'any', dense=False, grow=True, rollout=False)
 
 
 def test_a_program_that_does_not_fit_is_read_from_the_message():
@@ -172,6 +172,42 @@ def test_without_libtpu_the_message_says_what_to_install(monkeypatch):
 def test_an_unknown_chip_is_named():
   with pytest.raises(schema.ConfigError, match="chip 'cpu' unknown.*TPU v5 lite"):
     plan.plan(tiny.sft(mesh=(1, 1, 1), model=dict(vocab_size=64)), jax.devices()[:1])
+
+
+def test_sampling_needs_the_copy_and_the_cache_beside_what_is_trained(cpu_chip):
+  """Two groups of four rows on two chips: prompts of up to 16 slots, and completions of 40 that the cache grows to."""
+  config = tiny.grpo(mesh=(1, 2, 1), model=dict(vocab_size=258))
+  config.recipe.rollouts.update(length=56, max_new_tokens=40)
+  model = TransformerConfig(**config.model.to_dict())
+  found = plan.plan_rollout(config, jax.devices()[:2])
+  assert list(found) == ['merge', 'gather', 'prefill', 'grow', 'decode']
+  weights = 4 * num_params(model)
+  state = 3 * weights / 2  # parameters and two moments of Adam, split in two
+  slot = 4 * 2 * 4 * model.num_layers * model.num_kv_heads * model.head_dim  # keys and values of a chip's four rows
+  near = lambda number: pytest.approx(number, rel=0.05)
+  layer = weights - 4 * (258 * model.embed_dim + model.embed_dim)  # all but the embedding and the last norm
+  assert found['merge'].outputs == near(weights / 2)
+  assert found['gather'].outputs == near(layer / model.num_layers)
+  assert found['gather'].total == pytest.approx(state + weights + layer / 2, rel=0.1)  # the copy, and the split stack
+  assert found['prefill'].outputs == near(48 * slot)
+  assert (found['grow'].arguments, found['grow'].outputs) == (near(48 * slot), near(64 * slot))
+  assert found['decode'].arguments == near(weights + 64 * slot)  # every weight whole on every chip
+  assert found['decode'].outputs < 0.1 * slot * 64  # the donated cache is written in place
+  for name in ('gather', 'prefill', 'grow', 'decode'):
+    parts = found[name].arguments + found[name].temporaries + found[name].outputs
+    assert found[name].total >= parts + 0.99 * state
+  console = main.rich.console.Console(record=True, width=120)
+  main.show_rollout(found, cpu_chip, console)
+  text = console.export_text()
+  assert 'grow' in text and '(fits)' in text and 'reads its weights and cache once' in text
+  with pytest.raises(schema.ConfigError, match="recipe 'sft' samples nothing"):
+    plan.plan_rollout(tiny.sft(), jax.devices()[:1])
+
+
+def test_sampling_that_does_not_fit_ends_the_plan(cpu_chip, monkeypatch):
+  monkeypatch.setattr(plan, '_compile', lambda traced: (plan.Memory(0.0, 2 * GIB, 0.0, 2 * GIB, False), None))
+  found = plan.plan_rollout(tiny.grpo(mesh=(1, 1, 1), model=dict(vocab_size=258)), jax.devices()[:1])
+  assert list(found) == ['merge'] and not found['merge'].fits
 
 
 @pytest.mark.slow

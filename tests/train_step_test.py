@@ -247,6 +247,13 @@ def test_microbatches_are_strided():
     split_microbatches(np.arange(6), 4)
 
 
+def test_microbatches_keep_groups_side_by_side_where_they_can():
+  parts = split_microbatches(np.arange(12), 3, group=2)
+  np.testing.assert_array_equal(parts, [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]])
+  np.testing.assert_array_equal(split_microbatches(np.arange(8), 4, group=4), [[0, 1], [2, 3], [4, 5], [6, 7]])
+  np.testing.assert_array_equal(split_microbatches(np.arange(6), 2, group=2), [[0, 2, 4], [1, 3, 5]])
+
+
 def test_combine_adds_means_and_keeps_the_larger_maximum():
   both = combine({'a': Mean(1.0, 2.0), 'b': Max(3.0)}, {'a': Mean(4.0, 1.0), 'b': Max(-1.0)})
   assert both == {'a': Mean(5.0, 3.0), 'b': Max(3.0)}

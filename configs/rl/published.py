@@ -5,7 +5,6 @@ Plan: python -m experiments.plan --config=configs/rl/published.py --topology=v5e
 Hardware: 16 TPU v5e chips. Status: the update compiled for v5e:4x4 (Qwen2.5-1.5B); no published weights have run.
 DIR has config.json, safetensors and tokenizer.json; a preset's name in its place has the shape alone, for plan.
 Problems are put through the chat template. With kl=0.001 the start is the reference policy.
-Left out: several hosts.
 Reference: Shao et al., DeepSeekMath, arXiv:2402.03300; the setting: Zeng et al., SimpleRL-Zoo, arXiv:2503.18892.
 """
 

@@ -9,15 +9,16 @@ rows at once, with clipped gradients, the advantage over its group's deviation, 
 no penalty. Each runs in a process of its own through its public trainer, held up between steps, so that they take
 turns; a side that samples, scores or steps otherwise than asked stops the benchmark.
 
-What differs. Ours prefills each prompt once, the others every row; on several cores it decodes two batches side by
-side; it also returns the sampler's log-probabilities, and its ratio is to those, where the others' ratio is to
-themselves, which is 1. TRL's model is transformers' Llama, Tunix's its Qwen2 (biases on queries, keys and values).
-Gradient checkpointing, which is TRL's default, is off; Tunix's cache is no longer than a row. In bfloat16 ours and
-Tunix keep float32 weights; TRL runs both by autocast and with bfloat16 weights, and the ratio is to the faster; a side
-whose first step takes longer than --patience, which then is most of compiling too, is timed by that step alone.
+What differs. Ours runs each prompt once, in sampling and in the update, the others in every row; on several cores it
+decodes two batches side by side; it also returns the sampler's log-probabilities, and its ratio is to those, where the
+others' ratio is to themselves, which is 1. TRL's model is transformers' Llama, Tunix's its Qwen2 (biases on queries,
+keys and values). Gradient checkpointing, which is TRL's default, is off; Tunix's cache is no longer than a row. In
+bfloat16 ours and Tunix keep float32 weights; TRL runs both by autocast and with bfloat16 weights, and the ratio is to
+the faster; a side whose first step takes longer than --patience, which then is most of compiling too, is timed by that
+step alone.
 
 The update is what is neither sampling (decoding of text included) nor grading. GFLOP/s are of the least work: each
-prompt prefilled once, no padding. The line of a single product says what the processor gives at most.
+prompt run once, no padding. The line of a single product says what the processor gives at most.
 
 TRL needs pip install -e '.[bench]'; Tunix gets an environment of its own (`tunix_environment`), 2 GB.
 """
@@ -59,14 +60,16 @@ class Least(NamedTuple):
 
 
 def least(work: Work) -> Least:
-  """Each prompt prefilled once, all rows decoded together, no padding; a token attends to half a row on average."""
+  """Each prompt run once, all rows decoded together, no padding; a sampled token attends to its prompt and, on average,
+  half of its completion.
+  """
   model, size = TransformerConfig(**work.model), 2 if work.dtype == 'bfloat16' else 4
   prefilled, sampled = work.prompts * (work.prompt_tokens - 1), work.rows * work.new_tokens
-  context, trained = work.prompt_tokens + work.new_tokens / 2, work.row_tokens - 1
+  context = work.prompt_tokens + work.new_tokens / 2
   cached = 2 * model.num_layers * model.num_kv_heads * model.head_dim * context
   return Least(
       forward_flops(model, prefilled, (work.prompt_tokens - 1) / 2) + forward_flops(model, sampled, context),
-      train_flops(model, work.rows * trained, trained / 2),
+      train_flops(model, prefilled, (work.prompt_tokens - 1) / 2) + train_flops(model, sampled, context),
       size * work.new_tokens * (active_params(model) + work.rows * cached),
   )
 

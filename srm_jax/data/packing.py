@@ -213,7 +213,8 @@ def pad_batch(examples: Sequence[Example], length) -> types.Batch:
 
 
 def completions_batch(
-    prompt_tokens: Sequence[Sequence[int]], completion_tokens: Sequence[Sequence[int]], *, length, pad_id=0
+    prompt_tokens: Sequence[Sequence[int]], completion_tokens: Sequence[Sequence[int]], *, length, pad_id=0,
+    prompt_width=0,
 ) -> tuple[types.Batch, Callable[[Sequence[Sequence[float]]], np.ndarray]]:
   """Sampled completions, one a row, with loss on exactly the tokens that were sampled.
 
@@ -222,19 +223,23 @@ def completions_batch(
       be empty. Nothing is appended.
     length: T.
     pad_id: fills inputs and targets of padding.
+    prompt_width: slots of a prompt, which is padded on the left to end with them; 0 pads rows on the right alone.
 
   Returns:
     Batch of numpy [B, T], and aligned(values): B lists with a value per completion token (sampler log-probabilities)
     -> float32 [B, T], each at the position that predicts its token, 0 elsewhere.
 
   Raises:
-    ValueError: empty prompt, a row longer than T, no completion token in the batch, values of another length.
+    ValueError: empty prompt, a row longer than T, no completion token in the batch, values of another length, a prompt
+      longer than its slots.
   """
   examples = [
       from_prompt_completion(f'row {row}', prompt, completion, None)
       for row, (prompt, completion) in enumerate(zip(prompt_tokens, completion_tokens, strict=True))
   ]
   batch = pad_batch(examples, length)
+  if prompt_width:
+    batch = _behind(batch, [prompt_width - len(prompt) for prompt in prompt_tokens])
   padding = batch.segment_ids == 0
   batch = batch._replace(inputs=np.where(padding, pad_id, batch.inputs).astype(np.int32))
   batch = batch._replace(targets=np.where(padding, pad_id, batch.targets).astype(np.int32))
@@ -249,3 +254,13 @@ def completions_batch(
     return out
 
   return batch, aligned
+
+
+def _behind(batch: types.Batch, empty: Sequence[int]) -> types.Batch:
+  """The batch with so many slots of padding moved from the end of each row to its front."""
+  spare = np.count_nonzero(batch.segment_ids == 0, axis=1)
+  for row, (moved, there) in enumerate(zip(empty, spare, strict=True)):
+    if not 0 <= moved <= there:
+      raise ValueError(f'row {row}: {moved} of {there} slots of padding were to stand before the prompt')
+  slots = (np.arange(batch.inputs.shape[1])[None] - np.asarray(empty)[:, None]) % batch.inputs.shape[1]
+  return types.Batch(*(None if x is None else np.take_along_axis(x, slots, axis=1) for x in batch))

@@ -14,12 +14,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from srm_jax.inference import logits as sampler
 from srm_jax.models import adapters, transformer
 from srm_jax.models import cache as kv
 from srm_jax.models.config import TransformerConfig
-from srm_jax.sharding import constrain, current_mesh
+from srm_jax.sharding import constrain
 from srm_jax.types import Params, SamplingParams
 
 STEPS = 32  # decode steps per jitted call
@@ -64,20 +65,42 @@ def prepare(config: TransformerConfig, params: Params) -> Params:
   one more stack of layers while the copy is made, the memory of dense weights, and a rounding to the compute dtype
   that the trainer does not have (below it, a bfloat16 sampler does not see a small change of a large weight).
   """
-  return _prepare(config, params)
+  merged = dict(merge(config, params))
+  stacked = merged.pop('layers')
+  # A layer at a time: gathered as one stack and then split, all weights would be there twice.
+  layers = tuple(gather_layer(config, stacked, np.int32(layer)) for layer in range(config.num_layers))
+  return {**_gather_rest(config, merged), 'layers': layers}
+
+
+def copy_names(config: TransformerConfig):
+  """Logical axis names of the copy, in its structure: what 'fsdp' splits is whole."""
+  whole = lambda names: PartitionSpec(*(None if name == 'embed' else name for name in names))
+  names = jax.tree.map(whole, transformer.param_names(config))
+  layer = jax.tree.map(lambda stacked: PartitionSpec(*stacked[1:]), names['layers'])
+  return {**names, 'layers': (layer,) * config.num_layers}
 
 
 @functools.partial(jax.jit, static_argnames='config')
-def _prepare(config, params):
-  params = transformer.cast(adapters.merge(config, params, dtype=config.dtype), config.dtype)
-  if current_mesh() is not None:
-    params = jax.tree.map(_gather, params, transformer.param_names(config))
-  return transformer.unstack_layers(params)
+def merge(config: TransformerConfig, params: Params) -> Params:
+  """Dense weights in the compute dtype, stacked, where the parameters are."""
+  return transformer.cast(adapters.merge(config, params, dtype=config.dtype), config.dtype)
 
 
-def _gather(leaf, names):
-  names = tuple(names) + (None,) * (leaf.ndim - len(names))
-  return constrain(leaf, *(None if name == 'embed' else name for name in names))
+@functools.partial(jax.jit, static_argnames='config')
+def gather_layer(config: TransformerConfig, stacked, layer):
+  """One layer of the stack, gathered over 'fsdp'."""
+  own = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), stacked)
+  return _constrained(own, copy_names(config)['layers'][0])
+
+
+@functools.partial(jax.jit, static_argnames='config')
+def _gather_rest(config, params):
+  names = copy_names(config)
+  return {name: _constrained(tree, names[name]) for name, tree in params.items()}
+
+
+def _constrained(tree, names):
+  return jax.tree.map(lambda leaf, axes: constrain(leaf, *axes, *(None,) * (leaf.ndim - len(axes))), tree, names)
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'size'))
@@ -122,7 +145,8 @@ def _constrain(state: Decoding) -> Decoding:
 
 
 @functools.partial(jax.jit, static_argnames='size')
-def _grow(state: Decoding, *, size: int) -> Decoding:
+def grow(state: Decoding, *, size: int) -> Decoding:
+  """The same rows with room for `size` slots."""
   return _constrain(state._replace(cache=kv.grow(state.cache, size)))
 
 
@@ -212,7 +236,7 @@ def complete(
   while remaining and (owner >= 0).any():
     count = min(steps, remaining)
     if used + count > state.cache.segment_ids.shape[1]:
-      state = _grow(state, size=bucket(used + count))
+      state = grow(state, size=bucket(used + count))
     state, *new = decode(
         config, params, state, np.float32(temperature), np.asarray(end_ids, np.int32), np.int32(count), top_k=top_k,
         top_p=top_p, steps=steps,

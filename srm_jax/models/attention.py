@@ -28,6 +28,25 @@ class Visibility(NamedTuple):
   offset: jax.Array | int
 
 
+class Branches(NamedTuple):
+  """Who sees whom where a row is a trunk of W slots and N branches of T slots behind it: a branch sees the trunk and
+  itself, not the others.
+
+  trunk: of [P, W] queries. branch: of [P N, T] queries, whose keys are the trunk's and their own, [P N, W + T].
+  """
+
+  trunk: Visibility
+  branch: Visibility
+
+
+def branched(segment_ids, trunk: int, branches: int) -> Branches:
+  """Of rows [P, W + N T]."""
+  first, rest = segment_ids[:, :trunk], segment_ids[:, trunk:]
+  own = rest.reshape(-1, rest.shape[1] // branches)
+  keys = jnp.concatenate([jnp.repeat(first, branches, axis=0), own], axis=1)
+  return Branches(Visibility(first, first, 0), Visibility(own, keys, trunk))
+
+
 def _product(equation, *operands):
   return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
 
@@ -86,7 +105,7 @@ def _attend_backward(window, residuals, dout):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def attend(queries, keys, values, visible: Visibility, *, window: int = 0, scale: float = 0.0):
+def attend(queries, keys, values, visible: Visibility | Branches, *, window: int = 0, scale: float = 0.0):
   """Attention output in the dtype of values.
 
   softmax(scale q k) v over the visible keys, softmax in float32. More than ATTENTION_CHUNK queries run in blocks of
@@ -103,6 +122,8 @@ def attend(queries, keys, values, visible: Visibility, *, window: int = 0, scale
   Returns:
     [B, T, H, D].
   """
+  if isinstance(visible, Branches):
+    return _attend_branches(queries, keys, values, visible, window=window, scale=scale)
   length = queries.shape[1]
   grouped = _group(queries, keys.shape[1], scale)
   if length <= ATTENTION_CHUNK:
@@ -110,6 +131,27 @@ def attend(queries, keys, values, visible: Visibility, *, window: int = 0, scale
   else:
     out = _attend_in_blocks(grouped, keys, values, visible, window)[..., :length, :]
   return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(queries.shape)
+
+
+def _attend_branches(queries, keys, values, visible: Branches, **how):
+  """The trunk among itself, then every branch as a row of its own that has the trunk's keys before its own."""
+  rows, length = visible.trunk.query_segments.shape
+  branches = visible.branch.query_segments.shape[0] // rows
+
+  def own(x, axis):  # the branches' part of x, [P N, ...] with T slots on that axis
+    rest = jax.lax.slice_in_dim(x, length, None, axis=axis)
+    split = rest.reshape(*rest.shape[:axis], branches, -1, *rest.shape[axis + 1 :])
+    return jnp.moveaxis(split, axis, 1).reshape(rows * branches, *x.shape[1:axis], -1, *x.shape[axis + 1 :])
+
+  def extended(x):
+    longer = jnp.concatenate([jnp.repeat(x[:, :, :length], branches, axis=0), own(x, 2)], axis=2)
+    return constrain(longer, 'batch', 'act_heads', None, None)
+
+  trunk = attend(queries[:, :length], keys[:, :, :length], values[:, :, :length], visible.trunk, **how)
+  own_queries = constrain(own(queries, 1), 'batch', 'time', 'act_heads', None)
+  branch = attend(own_queries, extended(keys), extended(values), visible.branch, **how)
+  together = jnp.concatenate([trunk, branch.reshape(rows, -1, *queries.shape[2:])], axis=1)
+  return constrain(together, 'batch', 'time', 'act_heads', None)
 
 
 def _attend_in_blocks(queries, keys, values, visible: Visibility, window: int):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from srm_jax.models import cache as kv
 from srm_jax.models import heads
-from srm_jax.models.attention import Attention, Visibility
+from srm_jax.models.attention import Attention, Branches, Visibility, branched
 from srm_jax.models.config import TransformerConfig
 from srm_jax.models.experts import Experts
 from srm_jax.models.layers import GatedMLP, RMSNorm
@@ -51,7 +51,7 @@ class Block(nn.Module):
   taps: tuple[str, ...] = ()
 
   @nn.compact
-  def __call__(self, x, angles, visible: Visibility, layer_cache=None):
+  def __call__(self, x, angles, visible: Visibility | Branches, layer_cache=None):
     """x [B, T, D], angles {kind: cos and sin} -> (x [B, T, D], (layer cache, {tap: array}))."""
     c = self.config
     mixed, layer_cache, seen = Attention(c, self.kind, name='attention')(
@@ -83,10 +83,14 @@ class Transformer(nn.Module):
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, inputs, *, positions=None, segment_ids=None, cache=None, logits_at=None, taps=()):
+  def __call__(
+      self, inputs, *, positions=None, segment_ids=None, cache=None, logits_at=None, taps=(), trunk=0, branches=1,
+  ):
     """Args: inputs int [B, T]; positions and segment_ids [B, T] (by default one segment a row, positions counted from
     the row's start or the cache's index); cache from `init_cache`, whose keys the inputs then extend; logits_at: None
-    for logits at all positions, int [B, n] for some, an empty tuple for none; taps: names from TAPS.
+    for logits at all positions, int [B, n] for some, an empty tuple for none; taps: names from TAPS; trunk, branches:
+    with trunk > 0 a row is a trunk of so many slots and `branches` equal parts, each of which continues the trunk as if
+    the others were not there (positions are then the caller's, and there is neither cache nor tap).
 
     Returns: Output. Raises ValueError on an unknown tap.
     """
@@ -113,7 +117,8 @@ class Transformer(nn.Module):
     if self.is_initializing():
       x, seen = self._create(x, angles, Visibility(segment_ids, segment_ids, 0)), {}
     elif cache is None:
-      x, seen = self._scan(x, angles, Visibility(segment_ids, segment_ids, 0), tuple(taps))
+      visible = branched(segment_ids, trunk, branches) if trunk else Visibility(segment_ids, segment_ids, 0)
+      x, seen = self._scan(x, angles, visible, tuple(taps))
     else:
       x, cache, seen = self._unroll(x, angles, segment_ids, cache, tuple(taps))
     hidden = RMSNorm(c, name='final_norm')(x)

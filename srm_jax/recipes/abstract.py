@@ -103,15 +103,16 @@ def _on_policy_distill(section, model) -> Abstract:
 
 def _policy_gradient(section, model) -> Abstract:
   config = schema.parse(policy_gradient.PolicyGradientConfig, section, 'config.recipe')
-  reference = config.kl.coef and config.kl.place == 'loss' and config.kl.reference != policy_gradient.AVERAGE
+  reference = config.kl.coef and config.kl.reference != policy_gradient.AVERAGE
   frozen = {'reference': _shape_of(config.kl.reference, model)} if reference else {}
   rollouts = _rollouts(config.rollouts, advantages=True)
   if config.critic is not None:
     rollouts = rollouts._replace(values=rollouts.advantages, returns=rollouts.advantages)
+  groups = policy_gradient.shared(config, config.rollouts.length - config.rollouts.max_new_tokens)
   part = lambda x: jax.ShapeDtypeStruct((x.shape[0] // config.updates.minibatches, *x.shape[1:]), x.dtype)
   return Abstract(
-      policy_gradient.objective(config, model, frozen.get('reference')), frozen, jax.tree.map(part, rollouts),
-      policy_gradient.critic_params(config, model),
+      policy_gradient.objective(config, model, frozen.get('reference'), groups=groups), frozen,
+      jax.tree.map(part, rollouts), policy_gradient.critic_params(config, model),
   )
 
 

@@ -6,7 +6,8 @@
 
 log q is at the sampling temperature. q_old is the sampler's; with `truncation` it is the trainer's before the update,
 and w_t = min(q_old / q_sampler, truncation). The KL stands in the loss, or with place='reward' in the reward.
-Left out: several hosts, packed rows.
+A group's prompt is computed once for all its rows.
+Left out: packed rows.
 Reference: Shao et al., DeepSeekMath (GRPO), arXiv:2402.03300; Liu et al., Dr. GRPO, arXiv:2503.20783; Schulman et al.,
 PPO, arXiv:1707.06347. configs/rl/ has a preset for every paper.
 """
@@ -28,7 +29,7 @@ from srm_jax.losses.reductions import DENOMINATORS, REDUCTIONS
 from srm_jax.models import heads
 from srm_jax.recipes import credit, on_policy, schedules, updates
 from srm_jax.recipes.context import Context, DataConfig, load_teacher
-from srm_jax.recipes.scoring import score
+from srm_jax.recipes.scoring import ALONE, Groups, score
 from srm_jax.types import Max, Mean, Objective, Recipe, Rollouts
 
 
@@ -107,14 +108,14 @@ class Prepared(NamedTuple):
   weights: Mapping[str, Any]
 
 
-def objective(config: PolicyGradientConfig, model, reference_model=None) -> Objective:
-  """The loss of the module's docstring, on Rollouts."""
+def objective(config: PolicyGradientConfig, model, reference_model=None, *, groups: Groups = ALONE) -> Objective:
+  """The loss of the module's docstring, on Rollouts whose rows share prompts as `groups` says."""
   surrogate = _bind('surrogate', config.surrogate, SURROGATES, given=('old_logprobs',))
   reduce = _bind('reduction', config.reduction, REDUCTIONS)
   count = _bind('reduction', config.reduction, DENOMINATORS)
   estimate = schema.choose('kl.estimator', config.kl.estimator, KL_ESTIMATORS)
   weights = _weights(config)
-  scored = functools.partial(score, temperature=config.temperature, chunk=config.head_chunk)
+  scored = functools.partial(score, temperature=config.temperature, chunk=config.head_chunk, groups=groups)
 
   def prepare(rollouts: Rollouts, step) -> Prepared:
     everywhere = lambda number: jnp.full(rollouts.batch.inputs.shape[:1], number, jnp.float32)
@@ -156,7 +157,7 @@ def objective(config: PolicyGradientConfig, model, reference_model=None) -> Obje
   def denominators(prepared: Prepared):
     return dict.fromkeys(weights, count(prepared.rollouts.batch.loss_mask))
 
-  return Objective(terms, denominators, _resolved(config), prepare)
+  return Objective(terms, denominators, _resolved(config), prepare, group=groups.size)
 
 
 def _bind(kind, choice: schema.ChoiceConfig, registry, given=()):
@@ -248,15 +249,25 @@ def build(section, context: Context) -> Recipe:
   reference = None
   if config.kl.coef and config.kl.reference != AVERAGE:
     reference = load_teacher(config.kl.reference, context)
-  made = objective(config, context.model, reference and reference.config)
-  _check(config, context)
-  finish = credit.finisher(config, context, reference)
+  _check(config)
+  groups = shared(config, on_policy.prompt_width(config.rollouts, config.data, context))
+  made = objective(config, context.model, reference and reference.config, groups=groups)
+  finish = credit.finisher(config, context, reference, groups)
   rewards, frozen = on_policy.open_rewards(config.rewards, config.data, context)
-  drawn = on_policy.source(config.rollouts, config.data, context, advantage=None, rewards=rewards)
-  if reference and config.kl.place == 'loss':
+  drawn = on_policy.source(
+      config.rollouts, config.data, context, advantage=None, rewards=rewards, prompt_width=groups.prompt_width,
+  )
+  if reference:  # in the reward it is asked by the source; here it is checked when a run is resumed
     frozen = {**frozen, 'reference': (reference.config, reference.params)}
-  source = updates.repeated(drawn, config.updates, context.seed, finish=finish)
+  source = updates.repeated(drawn, config.updates, context.seed, group=groups.size, finish=finish)
   return Recipe(made, source, frozen, critic_params(config, context.model))
+
+
+def shared(config: PolicyGradientConfig, prompt_width: int) -> Groups:
+  """How rows share prompts: by whole groups, where minibatches hold such."""
+  samples = config.rollouts.samples
+  whole = samples > 1 and config.rollouts.prompts % config.updates.minibatches == 0
+  return Groups(samples, prompt_width) if whole else ALONE
 
 
 def critic_params(config: PolicyGradientConfig, model):
@@ -267,7 +278,7 @@ def critic_params(config: PolicyGradientConfig, model):
   return lambda rng: {'value_head': jax.tree.map(jnp.zeros_like, fresh(rng))}
 
 
-def _check(config: PolicyGradientConfig, context: Context):
+def _check(config: PolicyGradientConfig):
   """Raises ConfigError where parts of the section do not fit each other."""
   rows = config.rollouts.prompts * config.rollouts.samples
   if rows % config.updates.minibatches:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from srm_jax import sharding
 from srm_jax.types import Batch, Outcomes, Params, Rollouts, Source
 
 
@@ -31,10 +32,11 @@ class UpdatesConfig:
 
 
 def repeated(
-    inner: Source, config: UpdatesConfig, seed: int, *, finish: Callable[[Params, Rollouts], Rollouts],
+    inner: Source, config: UpdatesConfig, seed: int, *, group: int = 1, finish: Callable[[Params, Rollouts], Rollouts],
 ) -> Source:
-  """A source whose batches are the minibatches of inner's rollouts.
+  """A source whose batches are this host's rows of the minibatches of inner's rollouts, which every host has whole.
 
+  group: rows that follow each other and stay together.
   finish: (params, rollouts) -> rollouts, once a turn: log-probabilities and values of the trainer, advantages.
   """
   steps = config.epochs * config.minibatches
@@ -48,10 +50,11 @@ def repeated(
     if place + 1 == steps:  # nothing of it is left to keep
       now.update(turn=-1, held=None)
     if steps == 1:
-      return held
+      return sharding.own_rows(held)
     epoch, part = divmod(place, config.minibatches)
-    rows = np.random.default_rng((seed, turn, epoch)).permutation(len(held.rewards))[part :: config.minibatches]
-    return jax.tree.map(lambda x: x[rows], held)
+    order = np.random.default_rng((seed, turn, epoch)).permutation(len(held.rewards) // group)
+    rows = (order[part :: config.minibatches, None] * group + np.arange(group)).reshape(-1)
+    return sharding.own_rows(jax.tree.map(lambda x: x[rows], held))
 
   def set_state(state):
     inner.set_state(state['inner'])

@@ -154,6 +154,23 @@ def test_completions_batch_hand_values():
     aligned([[-1.0], [], [-3.0]])
 
 
+def test_completions_may_all_begin_at_one_slot():
+  """Prompts of one to three tokens: what is before them is padding, and everything else moves with them."""
+  given = [[5], [6, 7, 8], [9, 9]], [[3, EOS], [], [2]]
+  batch, aligned = packing.completions_batch(*given, length=6, pad_id=4, prompt_width=3)
+  np.testing.assert_array_equal(batch.inputs, [[4, 4, 5, 3, EOS, 4], [6, 7, 8, 4, 4, 4], [4, 9, 9, 2, 4, 4]])
+  np.testing.assert_array_equal(batch.segment_ids, [[0, 0, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0]])
+  np.testing.assert_array_equal(batch.positions, [[0, 0, 0, 1, 2, 0], [0, 1, 2, 0, 0, 0], [0, 0, 1, 2, 0, 0]])
+  np.testing.assert_array_equal(batch.loss_mask, [[0, 0, 1, 1, 0, 0], [0] * 6, [0, 0, 1, 0, 0, 0]])
+  np.testing.assert_array_equal(batch.targets[batch.loss_mask > 0], [3, EOS, 2])
+  values = aligned([[-1.0, -2.0], [], [-3.0]])
+  np.testing.assert_array_equal(values, [[0, 0, -1, -2, 0, 0], [0] * 6, [0, 0, -3, 0, 0, 0]])
+  with pytest.raises(ValueError, match='row 1: -1 of 3 slots of padding were to stand before the prompt'):
+    packing.completions_batch(*given, length=6, prompt_width=2)
+  with pytest.raises(ValueError, match='row 0: 3 of 2 slots'):
+    packing.completions_batch(*given, length=5, prompt_width=4)
+
+
 def test_completions_batch_is_the_padded_batch_of_the_same_examples():
   """Rollouts and data sets score the same tokens at the same positions."""
   examples = [

@@ -126,8 +126,8 @@ def test_mesh_equals_one_device():
     pytest.skip('needs 8 devices: XLA_FLAGS=--xla_force_host_platform_device_count=8')
   mesh = sharding.make_mesh((2, 2, 2), jax.devices()[:8])
   with jax.set_mesh(mesh):
-    abstract = jax.eval_shape(lambda: models.params())
-    placed = jax.device_put(models.params(), sharding.shardings(transformer.param_names(models.CONFIG), abstract, mesh))
+    params = models.params()
+    placed = jax.device_put(params, sharding.shardings(transformer.param_names(models.CONFIG), params, mesh))
     generate = inference.make_generate(models.CONFIG, placed, TOKENIZER, batch_size=4, steps=8)
     meshed = generate(PROMPTS[:2], SAMPLING)
   assert _tokens(meshed) == _tokens(_results()[:2])

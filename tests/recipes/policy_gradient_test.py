@@ -2,6 +2,9 @@
 gradient.
 """
 
+import functools
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,9 +22,10 @@ from srm_jax.models import transformer
 from srm_jax.models.config import TransformerConfig
 from srm_jax.recipes import policy_gradient
 from srm_jax.recipes.context import Context
+from srm_jax.train import train
 from srm_jax.train_step import value_and_grad
 from tests import tiny
-from tests.tiny import tiny_tasks  # noqa: F401
+from tests.tiny import one_device, tiny_tasks  # noqa: F401
 
 MODEL = TransformerConfig(258, 1, 16, 2, 2, 8, 32, max_length=64)
 CONTEXT = Context(MODEL, tokenizer.load('byte'), 1, 10)
@@ -134,6 +138,36 @@ def test_the_penalty_is_zero_where_policy_and_reference_are_one(params, rollouts
   assert loss_there > loss
 
 
+@pytest.mark.parametrize('microbatches', [1, 2, 4])
+def test_prompts_that_a_group_shares_are_computed_once_without_changing_the_step(
+    params, rollouts, outcome, microbatches, monkeypatch,
+):
+  """Against the same rows one by one; a fourth of the batch holds half a group, which shares all the same."""
+  built = policy_gradient.build(section(), CONTEXT)
+  assert built.objective.group == 4
+  seen, branches = [], transformer.Transformer.__call__
+
+  def watched(self, inputs, **options):
+    seen.append((options.get('trunk', 0), options.get('branches', 1)))
+    return branches(self, inputs, **options)
+
+  monkeypatch.setattr(transformer.Transformer, '__call__', watched)
+  parsed = schema.parse(policy_gradient.PolicyGradientConfig, section(), 'recipe')
+  alone = policy_gradient.objective(parsed, MODEL)
+  with jax.default_matmul_precision('highest'):
+    step = jax.jit(functools.partial(value_and_grad, built.objective, microbatches=microbatches))
+    found = step(params, rollouts[1.0], {}, jax.random.key(0))
+    assert set(seen) == {(3, 4 if microbatches < 4 else 2)}
+    seen.clear()
+    expected = jax.jit(functools.partial(value_and_grad, alone))(params, rollouts[1.0], {}, jax.random.key(0))
+    assert set(seen) == {(0, 1)}
+  assert float(found[0]) == pytest.approx(float(expected[0]), abs=1e-6)
+  gap = optax.tree.norm(jax.tree.map(jnp.subtract, found[1], expected[1]))
+  assert gap < 2e-4 * optax.tree.norm(expected[1])
+  for name, one in expected[2].items():
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), one, found[2][name])
+
+
 def with_choice(kind, name, **options):
   config = section()
   config[kind] = dict(name=name, options=options)
@@ -167,8 +201,8 @@ def test_every_estimator_builds(estimator):
 def table(monkeypatch):
   """A model whose parameters are the log-probabilities; entropy and values are told apart from them."""
 
-  def score(model, params, batch, *, temperature, chunk, value_head=None):
-    del model, batch, temperature, chunk
+  def score(model, params, batch, *, temperature, chunk, value_head=None, groups):
+    del model, batch, temperature, chunk, groups
     return {'logprobs': params, 'entropy': -params, 'values': value_head}
 
   monkeypatch.setattr(policy_gradient, 'score', score)
@@ -280,7 +314,7 @@ def test_what_a_clip_takes_away_is_counted(table, surrogate, low, high):
 
 def test_all_terms_together_do_not_depend_on_microbatches(monkeypatch):
   """Here what the policy says of a token follows from the token, so that it is cut with the batch."""
-  def score(model, params, batch, *, temperature, chunk, value_head=None):
+  def score(model, params, batch, *, temperature, chunk, value_head=None, groups):
     said = params * batch.targets.astype(jnp.float32) / 64 - 4.2
     values = None if value_head is None else value_head * batch.targets / 64.0
     return {'logprobs': said, 'entropy': -said, 'values': values}
@@ -330,3 +364,15 @@ def test_a_group_of_one_has_nothing_to_compare_with(name):
       base.policy_gradient(tiny.data('parity'), tiny.rollouts(samples=1), advantage=base.choice('returns_to_go')),
       CONTEXT,
   )
+
+
+@pytest.mark.parametrize('place, estimator', [('loss', 'k3'), ('reward', 'k1')])
+def test_a_reference_is_checked_on_resuming_wherever_its_penalty_stands(tmp_path, place, estimator):
+  config = tiny.grpo(num_steps=2, checkpoint_every=1)
+  reference = tiny.write_model(tmp_path / 'one', MODEL)
+  config.recipe.kl.update(coef=0.1, place=place, estimator=estimator, reference=reference)
+  train(config, tmp_path / 'run')
+  shutil.rmtree(reference)
+  tiny.write_model(tmp_path / 'one', MODEL, seed=1)
+  with pytest.raises(schema.ConfigError, match='the frozen models changed since the checkpoint'):
+    train(config, tmp_path / 'run')

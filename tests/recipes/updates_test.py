@@ -34,10 +34,10 @@ class Inner:
     return Source(self.next, lambda: {'asked': len(self.asked)}, self.state.update)
 
 
-def make(epochs, minibatches, finish=lambda params, rollouts: rollouts):
+def make(epochs, minibatches, finish=lambda params, rollouts: rollouts, group=1):
   inner = Inner()
   config = schema.parse(updates.UpdatesConfig, dict(epochs=epochs, minibatches=minibatches), 'updates')
-  return inner, updates.repeated(inner.source(), config, 1, finish=finish)
+  return inner, updates.repeated(inner.source(), config, 1, group=group, finish=finish)
 
 
 def test_one_update_hands_the_rollouts_through():
@@ -59,6 +59,16 @@ def test_every_row_comes_once_an_epoch_in_an_order_of_its_own():
     assert part.batch.inputs.shape[0] == 2
     rows = part.rewards.astype(int) % 100
     np.testing.assert_array_equal(part.batch.inputs, numbered(int(part.rewards[0]) // 100).batch.inputs[rows])
+
+
+def test_groups_stay_together():
+  _, source = make(2, 2, group=2)
+  parts = [source.next('params', step).rewards.astype(int) for step in range(4)]
+  for epoch in (parts[:2], parts[2:]):
+    assert sorted(np.concatenate(epoch)) == list(range(8))
+  for part in parts:
+    assert part.shape == (4,) and (part[::2] % 2 == 0).all() and (part[1::2] == part[::2] + 1).all()
+  assert not np.array_equal(np.concatenate(parts[:2]), np.concatenate(parts[2:]))
 
 
 def test_the_trainer_is_asked_once_a_turn_with_the_parameters_at_its_start():
