@@ -16,6 +16,9 @@ def run(config, workdir):
       f'{done.path}: {summary["correct"]} of {summary["samples"]} right, '
       f'{summary["solved"]} of {summary["problems"]} problems solved'
   )
+  for part in ('hinted', 'paths'):
+    if part in summary:
+      print(f'{part}: ' + ', '.join(f'{count} {name}' for name, count in summary[part].items()))
 
 
 if __name__ == '__main__':

@@ -4,7 +4,7 @@ Run: python -m experiments.train --config=configs/rl/lcpo.py:start=runs/logits -
 Hardware: two CPU cores, minutes. Expected: the reward rises by several points in 50 steps from a student at 30 to 70 %.
 Paper: Aggarwal and Welleck, L1: Controlling How Long A Reasoning Model Thinks With Reinforcement Learning,
 arXiv:2503.04697.
-Left out: the second stage: kind length_max, started from this one (started cold it makes completions short).
+Left out: the second stage: kind length_max, started from this one; configs/studies/length_control.py (S8) has both.
 """
 
 from configs import base

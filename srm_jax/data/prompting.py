@@ -26,7 +26,9 @@ class PromptConfig:
   """How problems are put.
 
   format: 'plain' is the task's own text, 'chat' a message in the chat template beside the tokenizer. preface: stands
-  before the problem: worked examples for a base model, or a word that says which of several things is asked. Of chats:
+  before the problem: worked examples for a base model, or a word that says which of several things is asked. hint:
+  stands behind the problem, with {answer} for its answer: a model shall then write the chain that leads there, which
+  rejection sampling learns without the hint; '' for none. Of chats:
   system: the system message, '' for none. instruction: what follows the problem in the user's message. options:
   variables of the template ({'enable_thinking': False}). supervised: 'all' that the assistant writes, or the 'answer'
   without the reasoning before it. turns: which turns of a conversation are learnt, 'all' or the 'last'.
@@ -34,6 +36,7 @@ class PromptConfig:
 
   format: str
   preface: str
+  hint: str
   system: str
   instruction: str
   options: Mapping[str, Any]
@@ -59,9 +62,29 @@ def open_prompting(config: PromptConfig, task: Task, tokenizer: Tokenizer) -> Pr
   """The Prompting of a config.
 
   Raises:
-    ConfigError: an unknown name, or a chat for a tokenizer that has no template or cannot encode one.
+    ConfigError: an unknown name, a hint without '{answer}', or a chat for a tokenizer that has no template or cannot
+      encode one. Prompts raise it for a hint at a problem that has no answer.
   """
-  return schema.choose('prompt.format', config.format, FORMATS)(config, task, tokenizer)
+  asked = hinted(task, config.hint) if config.hint else task
+  return schema.choose('prompt.format', config.format, FORMATS)(config, asked, tokenizer)
+
+
+def hinted(task: Task, hint: str) -> Task:
+  """The task whose prompts end in a hint, before their last line breaks.
+
+  Reference: Zelikman et al., STaR: Bootstrapping Reasoning With Reasoning, arXiv:2203.14465.
+  """
+  if '{answer}' not in hint:
+    raise schema.ConfigError(f"hint {hint!r} does not show the answer; fix: put {{answer}} where it shall stand")
+
+  def prompt(problem):
+    if not problem.answer:
+      raise schema.ConfigError(f"problem {problem.id} of task {task.name!r} has no answer to hint at; fix: hint=''")
+    text = task.prompt(problem)
+    asked = text.rstrip('\n')
+    return asked + hint.replace('{answer}', problem.answer) + text[len(asked) :]
+
+  return dataclasses.replace(task, prompt=prompt)
 
 
 def prompt_ids(tokenizer, prompt: Prompt) -> tuple[int, ...]:

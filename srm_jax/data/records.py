@@ -33,7 +33,8 @@ class Annotation:
 
   num_tokens: sampled tokens, end-of-text included. correct: None where the completion could not be graded. finished:
   False where the length limit cut it. sample: index among sampling.samples of this problem. sampling holds the seed.
-  config_hash: of the resolved configuration of the annotating run.
+  config_hash: of the resolved configuration of the annotating run. hint: what the sampler read behind the problem and
+  `prompt` leaves out, with {answer} for the answer; '' for nothing.
   """
 
   problem: types.Problem
@@ -46,6 +47,7 @@ class Annotation:
   sampling: types.SamplingParams
   sample: int
   config_hash: str
+  hint: str = ''
 
   @property
   def id(self) -> str:

@@ -123,4 +123,6 @@ def gsm8k_task() -> task.Task:
   """GSM8K: 7473 train problems (dev included), 1319 test problems; every answer is an integer."""
   return task.Task(
       name='gsm8k', domain='math', splits=SPLITS, problems=gsm8k_problems, prompt=task.question_prompt,
-      solution=task.worked_solution, extract=extract_gsm8k, grade=grade_gsm8k, first_wrong_step=task.no_step_oracle)
+      solution=task.worked_solution, extract=extract_gsm8k, grade=grade_gsm8k, first_wrong_step=task.no_step_oracle,
+      path=task.equations,
+  )

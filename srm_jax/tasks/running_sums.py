@@ -49,6 +49,20 @@ def either_way(problem: Problem) -> str:
   return (forward, backward)[task.stable_hash(f'way {problem.question}') % 2](problem)
 
 
+def with_slips(problem: Problem) -> str:
+  """Sums from the left, where in every second problem a term is misread: '3+8+4+9' -> '154' or '176'."""
+  coin, digits = task.stable_hash(f'slip {problem.question}'), digits_of(problem)
+  slips, coin = coin % 2, coin // 2
+  if slips:
+    digits[1 + coin % (len(digits) - 1)] += 1 + coin // len(digits) % 9
+  return _sums(digits)
+
+
+def as_written(problem: Problem) -> str:
+  """The rationale and the answer that it comes to, right or wrong."""
+  return f'{problem.rationale}\n{task.ANSWER_CUE}{problem.rationale[-1]}'
+
+
 def style_of(problem: Problem, text: str) -> str | None:
   """The way that a text's first digit sets out on, right or wrong after that; None for neither, and where both begin
   alike.
@@ -100,7 +114,10 @@ def grade(problem: Problem, text: str) -> float:
   return float(graders.extract_hash_answer(text) == problem.answer)
 
 
-def running_sums_task(name: str, chain: Callable[[Problem], str], *, terms: int = TERMS) -> task.Task:
+def running_sums_task(
+    name: str, chain: Callable[[Problem], str], *, terms: int = TERMS,
+    solution: Callable[[Problem], str | None] = task.worked_solution,
+) -> task.Task:
   """A task of running sums whose worked solutions are written by `chain`.
 
   No text is held against one chain digit by digit, as two are right.
@@ -113,6 +130,6 @@ def running_sums_task(name: str, chain: Callable[[Problem], str], *, terms: int 
 
   return task.Task(
       name=name, domain='math', splits=SPLITS, problems=problems, prompt=task.question_prompt,
-      solution=task.worked_solution, extract=graders.extract_hash_answer, grade=grade,
+      solution=solution, extract=graders.extract_hash_answer, grade=grade,
       first_wrong_step=task.no_step_oracle,
   )

@@ -10,12 +10,30 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 
 from srm_jax.types import Problem
 
 ANSWER_CUE = '#### '
 CHANCE_COUNT = 1000
+_EQUATION = re.compile(r'[-+*/().,$%\d ]++=[ $]*-?\d[\d.,]*')
+
+
+def normalised_text(text: str) -> str:
+  """The words of a text, one space apart."""
+  return ' '.join(text.split())
+
+
+def equations(text: str) -> str:
+  """The equations of a text, a line each, without spaces, dollar signs and commas: chains that say the same sums in
+  other words take one path. The normalised text where there is none.
+
+  Reference: Yuan et al., Scaling Relationship on Learning Mathematical Reasoning with Large Language Models, RFT,
+  arXiv 2308.01825.
+  """
+  found = [re.sub(r'[ $,]', '', one).strip('.') for one in _EQUATION.findall(text)]
+  return '\n'.join(one for one in found if one[0] != '=') or normalised_text(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +47,7 @@ class Task:
   grade(problem, text) -> 1.0 or 0.0; None where the completion cannot be scored at all (a missing answer is 0.0).
   first_wrong_step(problem, text) -> index into text.splitlines() of the first wrong line; None if all are right or
     the task has no step oracle. len(lines) says that the text stopped before the answer.
+  path(text) -> what two completions share that reason alike, of which rejection sampling keeps one.
   answer_cue: appended to a prompt, it forces a direct answer; grade then wants cue + completion.
   """
 
@@ -41,6 +60,7 @@ class Task:
   extract: Callable[[str], str | None]
   grade: Callable[[Problem, str], float | None]
   first_wrong_step: Callable[[Problem, str], int | None]
+  path: Callable[[str], str] = normalised_text
   answer_cue: str = ANSWER_CUE
 
   @functools.cached_property

@@ -156,3 +156,25 @@ def test_a_preface_stands_before_the_problem(folders):
   assert bytes(example.tokens[~example.loss_mask].tolist()).decode() == asked.prompt(PROBLEM).text
   chat_text = opened(tokenizer_files.load(folders['qwen2_5']), format='chat', preface='Q: ').prompt(PROBLEM).text
   assert 'Q: 3+4' in chat_text
+
+
+def test_a_hint_stands_behind_the_problem():
+  tokenizer = tokenizer_files.load('byte')
+  plain = opened(tokenizer, hint=' ({answer})', preface='Q: ')
+  assert plain.prompt(PROBLEM).text == 'Q: 3+4 (7)\n'
+  assert bytes(plain.example('e', PROBLEM, '#### 7').tokens.tolist()[:10]) == b'Q: 3+4 (7)'
+  assert opened(tokenizer).prompt(PROBLEM).text == '3+4\n'
+
+
+def test_a_hint_stands_before_the_instruction_of_a_chat(folders):
+  name = next(iter(chats.FAMILIES))
+  asked = opened(tokenizer_files.load(folders[name]), format='chat', instruction=' Now.', hint=' ({answer})')
+  assert '3+4 (7) Now.' in asked.prompt(PROBLEM).text
+
+
+def test_hints_that_cannot_be():
+  tokenizer = tokenizer_files.load('byte')
+  with pytest.raises(schema.ConfigError, match=r"hint ' \(7\)' does not show the answer; fix: put {answer}"):
+    opened(tokenizer, hint=' (7)')
+  with pytest.raises(schema.ConfigError, match="problem p of task 'sums' has no answer to hint at; fix: hint=''"):
+    opened(tokenizer, hint=' ({answer})').prompt(Problem('p', '3+4', ''))

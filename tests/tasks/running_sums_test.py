@@ -58,3 +58,18 @@ def test_a_teacher_of_either_way_is_a_fair_mixture():
   backward = sum(problem.rationale == running_sums.backward(problem) for problem in problems)
   assert 0.42 < backward / 600 < 0.58
   assert all(p.rationale == running_sums.forward(p) for p in TASKS['running_sums'].problems('dev', count=50))
+
+
+def test_every_second_chain_misreads_a_term_and_goes_on_from_there():
+  slips = TASKS['running_sums_with_slips']
+  problems, places, wrong = slips.problems('train', count=3000, seed=1), set(), 0
+  for problem in problems:
+    text = slips.solution(problem)
+    written, true = text.partition('\n')[0], running_sums.forward(problem)
+    offsets = {(int(a) - int(b)) % 10 for a, b in zip(written, true, strict=True)}
+    assert len(offsets - {0}) <= 1 and text == f'{written}\n#### {written[-1]}'
+    assert (slips.grade(problem, text) == 1.0) == (written == true)
+    if written != true:
+      wrong += 1
+      places.add(next(i for i, (a, b) in enumerate(zip(written, true)) if a != b))
+  assert abs(wrong / 3000 - 0.5) < 0.03 and places == set(range(5))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import time
 
 import pytest
 
@@ -9,6 +10,10 @@ from srm_jax.tasks import TASKS, task
 from srm_jax.types import Problem
 
 COUNT = 60
+# What these give to be learnt is wrong on every second problem, by design; tests of their own say how.
+FALLIBLE = ('running_sums_with_slips', 'running_sums_guessed')
+SEVERAL_A_LINE = ('running_sums_2_to_8',)  # tasks whose steps, counted in the metadata, are characters of one line
+MOST_CHANCE = {'running_sums_guessed': 0.7}  # an answer of one bit; of all others 0.2
 
 
 def _problems(name, split):
@@ -17,7 +22,7 @@ def _problems(name, split):
   return TASKS[name].problems(split, count=COUNT)
 
 
-@pytest.mark.parametrize('name', TASKS)
+@pytest.mark.parametrize('name', [name for name in TASKS if name not in FALLIBLE])
 def test_gold_solutions_are_right_and_other_answers_are_wrong(name):
   this = TASKS[name]
   assert this.name == name and {'train', 'dev', 'test'} <= set(this.splits)
@@ -32,7 +37,8 @@ def test_gold_solutions_are_right_and_other_answers_are_wrong(name):
       assert this.grade(problem, wrong) == 0.0
       assert this.grade(problem, problem.rationale) == 0.0 and this.grade(problem, '') == 0.0
       assert this.first_wrong_step(problem, solution) is None
-      assert problem.metadata['steps'] == len(solution.splitlines()) - 1 and problem.metadata['family']
+      lines = len(solution.splitlines()) - 1
+      assert problem.metadata['family'] and (name in SEVERAL_A_LINE or problem.metadata['steps'] == lines)
 
 
 @pytest.mark.parametrize('name', TASKS)
@@ -57,7 +63,7 @@ def test_chance_is_the_best_constant_answer(name, monkeypatch):
   monkeypatch.setattr(task, 'CHANCE_COUNT', COUNT)
   answers = [problem.answer for problem in _problems(name, 'test')]
   fresh = dataclasses.replace(TASKS[name])  # chance is cached
-  assert fresh.chance == max(answers.count(answer) for answer in set(answers)) / COUNT < 0.2
+  assert fresh.chance == max(answers.count(answer) for answer in set(answers)) / COUNT < MOST_CHANCE.get(name, 0.2)
 
 
 def test_constant_accuracy_by_hand():
@@ -70,3 +76,21 @@ def test_constant_accuracy_by_hand():
 def test_solution_without_a_rationale():
   assert task.worked_solution(Problem('0', 'q', '7')) is None
   assert task.worked_solution(Problem('0', 'q', '7', rationale='')) == '#### 7'
+
+
+@pytest.mark.parametrize('text, path', [
+    ('He pays 3 * $4 = $12. Then 12+1,000=1,012.', '3*4=12\n12+1000=1012'),
+    ('3*4=12\n12 + 1000 = 1012\n#### 1012', '3*4=12\n12+1000=1012'),
+    ('12+1000=1012\n3*4=12', '12+1000=1012\n3*4=12'),
+    ('4+3=7, so 7-3=4', '4+3=7\n7-3=4'),
+    ('x = 4', 'x = 4'), ('no sum,\n  only words', 'no sum, only words'),
+])
+def test_equations_are_the_path_of_a_text(text, path):
+  assert task.equations(text) == path
+
+
+def test_a_long_text_without_an_equation_takes_no_time():
+  text = '1' * 20_000
+  start = time.perf_counter()
+  assert task.equations(text) == text
+  assert time.perf_counter() - start < 5
