@@ -100,10 +100,44 @@ ENTRIES: dict[str, Entry] = {
         'configs/studies/chain_length.py', f'{STUDIES}/S7/results.json', module='chain_length',
         seeds='3',
     ),
+    'S4': Entry(
+        'A model learns from its own right chains of thought (RFT, STaR)', 'arXiv:2308.01825, arXiv:2203.14465',
+        ('accuracy, RFT with 16 samples - SFT on gold > 10 points', 'the same, 4 samples - 1 sample > 0',
+         'the same, 16 samples - 4 samples > 0', '10 points - what three rounds from scratch gain > 0'),
+        'configs/studies/rejection_sampling.py', f'{RL_STUDIES}/S4/results.json', module='rejection_sampling',
+    ),
     'S6b': Entry(
         'RL raises pass@1, and hardly pass@k of many samples', 'arXiv:2402.03300 (figure 7), arXiv:2504.13837',
         ('pass@1 after GRPO - before > 0', 'a third of that gain - the gain in pass@256 > 0'),
         'configs/studies/pass_at_k.py', f'{RL_STUDIES}/S6b/results.json', module='pass_at_k',
+    ),
+    'S5': Entry(
+        'GRPO lengthens wrong answers, Dr. GRPO does not', 'arXiv:2503.20783',
+        ('slope of E[length | wrong], GRPO - Dr. GRPO > 0', 'the same of E[length | wrong] - E[length | right]',
+         'accuracy, GRPO - Dr. GRPO > -2 points', 'accuracy, Dr. GRPO - GRPO > -2 points'),
+        'configs/studies/length_bias.py', f'{RL_STUDIES}/S5/results.json', module='length_bias',
+    ),
+    'estimators': Entry(
+        'Every preset of policy-gradient RL from one start', 'arXiv:2402.14740, arXiv:2503.14476, arXiv:2507.18071',
+        ('mean of RLOO, GRPO and Dr. GRPO - REINFORCE > 0', 'DAPO - GRPO > 0', 'RLOO - PPO > 0',
+         'mean of GSPO, CISPO and SAPO - GRPO > 0'),
+        'configs/studies/estimators.py', f'{RL_STUDIES}/estimators/results.json', module='estimators',
+    ),
+    'S8': Entry(
+        'RL with a length in its reward follows the length that is asked for (LCPO)', 'arXiv:2503.04697',
+        ('Exact: correlation of tokens and budget - .9 > 0', 'Exact: 1.5 tokens - the mean miss > 0',
+         'Exact: accuracy - that of the start > -3 points', 'Max: mean length from Exact - from the start > 0'),
+        'configs/studies/length_control.py', f'{RL_STUDIES}/S8/results.json', module='length_control',
+    ),
+    'S10': Entry(
+        'LoRA of rank 8 at ten times the rate matches all weights in RL', 'arXiv:2504.15777',
+        ('accuracy, rank 8 - all weights within 5 points', 'accuracy, rank 8 - rank 2 > -1 point'),
+        'configs/studies/lora_rl.py', f'{RL_STUDIES}/S10/results.json', module='lora_rl',
+    ),
+    'S11': Entry(
+        'From easy to hard beats all alike on the hardest problems', 'arXiv:2505.24760',
+        ('accuracy at 8 digits, from easy to hard - uniform > 5 points',),
+        'configs/studies/curriculum.py', f'{RL_STUDIES}/S11/results.json', module='curriculum',
     ),
 }
 

@@ -51,7 +51,7 @@ def line(a, make_arms, *, task='running_sums', rows_of_tests=None, **changed):
     make_arms: (sizes, data, stages) -> {arm: Arm}; it may add stages, data(...) is a section of the task.
     task: of the problems and of the chains that the teacher learns.
     rows_of_tests: {row: strategy} of every evaluation; one greedy row by default.
-    changed: numbers of the size that are others here.
+    changed: numbers of the size that are others here; steps.teacher 0 goes without a teacher.
   """
   s, seed, stages = ConfigDict(schema.choose('size', a.size, SIZES) | changed), a.seed * 1000, {}
   data = lambda *split, **options: base.data(task, *split, **options)
@@ -63,9 +63,10 @@ def line(a, make_arms, *, task='running_sums', rows_of_tests=None, **changed):
         optimizer=base.optimizer(**optimizer), seed=run_seed, log_every=s.log_every, **options,
     ))
 
-  # One teacher for all seeds: they tell of starts, prompts and samples, in a time that allows for several.
-  known = base.sft(data(count=s.teacher_problems, seed=TEACHER), rows)
-  training('teacher', known, TEACHER, s.steps.teacher, lines.MUON, shape='teacher')
+  if s.steps.teacher:
+    # One teacher for all seeds: they tell of starts, prompts and samples, in a time that allows for several.
+    known = base.sft(data(count=s.teacher_problems, seed=TEACHER), rows)
+    training('teacher', known, TEACHER, s.steps.teacher, lines.MUON, shape='teacher')
   gold = base.sft(data(count=s.gold, seed=seed + 1), rows)
   start = START | dict(matrix_learning_rate=s.start_rate)
   training('base', gold, seed + 5, s.steps.base, start, checkpoint_every=0)
@@ -75,9 +76,9 @@ def line(a, make_arms, *, task='running_sums', rows_of_tests=None, **changed):
     adam = ADAM | dict(learning_rate=arm.rate)
     training(name, arm.recipe, seed + 6, arm.steps, adam, init_from='{base}', **keep)
   measure = dict(data=data('dev', count=s.dev, seed=lines.DEV), new_tokens=s.new_tokens, decode_rows=s.decode_rows)
+  tested = (*(name for name in ('teacher', 'base') if name in stages), *arms)
   return lines.line(
-      a, s, stages, ('teacher', 'base', *arms), task=task, rows=rows_of_tests, seed=seed, arms=tuple(arms),
-      measure=measure,
+      a, s, stages, tested, task=task, rows=rows_of_tests, seed=seed, arms=tuple(arms), measure=measure,
   )
 
 

@@ -95,11 +95,15 @@ def record(results: Mapping[str, Any], identifier: str, workdir, folder):
   checkpoints.write_whole(readme, tables.put(readme.read_text(), identifier, markdown(results)))
 
 
-def sampled_tokens(workdir, rollouts: Mapping[str, Any]) -> dict[str, float]:
-  """{step: tokens that an on-policy run has sampled up to it}."""
+def sampled_tokens(workdir, rollouts: Mapping[str, Any], repeats: int = 1) -> dict[str, float]:
+  """{step: tokens that an on-policy run has sampled up to it}, what it dropped included.
+
+  repeats: updates on what is sampled at once.
+  """
   before, total, found = 0, 0.0, {}
   for row in metrics.read(workdir):
-    total += row['completion_tokens'] * rollouts['prompts'] * rollouts['samples'] * (row['step'] - before)
+    drawn = row.get('drawn_tokens', row['completion_tokens'])  # who does not say what it drew, drops nothing
+    total += drawn * rollouts['prompts'] * rollouts['samples'] * (row['step'] - before) / repeats
     before = row['step']
     found[str(before)] = total
   return found

@@ -81,6 +81,24 @@ def judge(claim: str, evidence: Mapping[str, Evidence], *, margin: float = 0.0) 
   return Verdict(claim, 'inconclusive' if needed else 'supported', evidence, needed)
 
 
+def judge_within(claim: str, evidence: Mapping[str, Evidence], *, margin: float) -> Verdict:
+  """The verdict on 'the difference is between -margin and margin, on every task': equivalence, by both of its sides.
+
+  Args:
+    claim: the sentence that is judged.
+    evidence: {task: Evidence} of values; the test of grades asks whether there is a difference, which is not claimed.
+    margin: above 0.
+  """
+  turned = {task: one._replace(mean=-one.mean, low=-one.high, high=-one.low, by_seed=tuple(-x for x in one.by_seed))
+            for task, one in evidence.items()}
+  sides = [judge(claim, side, margin=-margin) for side in (evidence, turned)]
+  words = [side.verdict for side in sides]
+  if 'contradicted' in words:
+    return Verdict(claim, 'contradicted', evidence, {})
+  needed = {task: text for side in sides for task, text in side.needed.items()}
+  return Verdict(claim, 'inconclusive' if needed else 'supported', evidence, needed)
+
+
 def _sign(one: Evidence, margin: float) -> int:
   """1 where the evidence is above the margin, -1 where it is below, 0 where it does not say (nan with one seed)."""
   if one.p is not None and not one.p < 1 - LEVEL:

@@ -57,6 +57,18 @@ def test_a_margin_moves_the_border():
       'supported', 'inconclusive', 'contradicted']
 
 
+@pytest.mark.parametrize('evidence, verdict', [
+    (_evidence(-0.04, 0.04), 'supported'), (_evidence(0.01, 0.04), 'supported'),
+    (_evidence(-0.06, 0.0), 'inconclusive'), (_evidence(0.0, 0.06), 'inconclusive'),
+    (_evidence(-0.06, 0.06), 'inconclusive'), (_evidence(0.06, 0.1), 'contradicted'),
+    (_evidence(-0.1, -0.06), 'contradicted'), (verdicts.of_values([0.0]), 'inconclusive'),
+])
+def test_equivalence_has_two_sides(evidence, verdict):
+  found = verdicts.judge_within('it', {'x': evidence}, margin=0.05)
+  assert found.verdict == verdict and found.evidence == {'x': evidence}
+  assert bool(found.needed) == (verdict == 'inconclusive')
+
+
 def test_what_would_decide():
   seen = (0.1, 0.0, 0.2, -0.1, 0.1)
   seeds = verdicts.seeds_needed(seen)
