@@ -23,20 +23,24 @@ def test_a_notebook_is_committed_executed(path):
   assert str(pathlib.Path.home()) not in path.read_text() and '/tmp/' not in path.read_text()
 
 
-@pytest.mark.slow
-def test_notebooks_run(tmp_path):
-  """In a folder that looks like the repository and has no runs: the first one makes a smoke run, the others find it.
-
-  As users start them, on one device and with optimised programs: the last one trains in earnest.
-  """
-  nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """Looks like the repository and has no runs: the first notebook makes a smoke run there, the others find it."""
+  made = tmp_path_factory.mktemp('repository')
   for name in ('srm_jax', 'experiments', 'configs'):
-    (tmp_path / name).symlink_to(ROOT / name)
-  shutil.copytree(ROOT / 'notebooks', tmp_path / 'notebooks')
-  for path in sorted((tmp_path / 'notebooks').glob('*.ipynb')):
-    notebook = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(
-        notebook, timeout=600, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}},
-        extra_arguments=['--Application.log_level=50'], env=os.environ | {'XLA_FLAGS': ''},
-    ).execute()
-    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == 'code')
+    (made / name).symlink_to(ROOT / name)
+  shutil.copytree(ROOT / 'notebooks', made / 'notebooks')
+  return made / 'notebooks'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path, folder):
+  """As users start it, on one device and with optimised programs: some train in earnest."""
+  nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
+  notebook = nbformat.read(folder / path.name, as_version=4)
+  nbclient.NotebookClient(
+      notebook, timeout=600, kernel_name='python3', resources={'metadata': {'path': str(folder)}},
+      extra_arguments=['--Application.log_level=50'], env=os.environ | {'XLA_FLAGS': ''},
+  ).execute()
+  assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == 'code')
