@@ -1,10 +1,13 @@
 """Any per-token loss from hidden states and the unembedding, without the `[B, T, V]` logits.
 
 One sweep over chunks of tokens forms the logits of a chunk, applies a dense per-token function to them and drops them.
-With a mesh the sweep runs inside `shard_map`, each device over chunks of its own tokens: under automatic sharding every
-chunk would carry an all-reduce of dW or a gather of W. The unembedding is gathered over 'fsdp' once before the loop, in
-the compute dtype; its gradient is accumulated in float32 and reduced once after it; the vocabulary stays split over
-'tensor', which only per-token scalars cross inside the loop.
+With a mesh the sweep runs inside `shard_map`: under automatic sharding every chunk would carry an all-reduce of dW or a
+gather of W. The vocabulary stays split over 'tensor', which only per-token scalars cross inside the loop. Over 'fsdp'
+one of two things travels:
+  the unembedding: each device takes its own tokens; W is gathered once before the loop, in the compute dtype; dW is
+    accumulated in float32 and reduced once after it.
+  the tokens, where they are not many more than the vocabulary's entries and the caller's function allows it (`split`):
+    each device takes a part of the vocabulary and, chunk by chunk, the tokens of all; none holds W or dW whole.
 
 Two entry points, by what happens to the numbers afterwards:
   reduced: summed with weights known beforehand. dlogits are formed in the forward chunk and nothing is recomputed.
@@ -29,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from srm_jax import sharding
+from srm_jax.losses import head_layout
 
 _MIN_CHUNK = 256
 _MIN_BLOCK = 4096  # entries of the vocabulary, of a product that is added in blocks
@@ -46,16 +49,15 @@ class Head(NamedTuple):
   kernel: Any
 
 
-class _Layout(NamedTuple):
-  """Mesh axes that split the rows (tuple), the embed dimension of each kernel and the vocabulary (name or None)."""
+class _How(NamedTuple):
+  """What callers choose."""
 
-  rows: tuple = ()
-  student_embed: str | None = None
-  teacher_embed: tuple = ()
-  vocab: str | None = None
+  chunk: int | None
+  mesh: Any
+  split: bool
 
 
-def reduced(fn, student, targets, weights, *, teacher=None, chunk=None, mesh=None):
+def reduced(fn, student, targets, weights, *, teacher=None, chunk=None, mesh=None, split=False):
   """Weighted sums of a per-token loss and of its auxiliary numbers.
 
   total = sum_bt weights_bt loss_bt, and alike for every auxiliary.
@@ -71,6 +73,7 @@ def reduced(fn, student, targets, weights, *, teacher=None, chunk=None, mesh=Non
     teacher: Head of [B, T, Dt] and [Dt, Vt], a tuple of Heads, or None.
     chunk: tokens per step on each device; None from `default_chunk`, 0 all logits at once.
     mesh: device mesh with Auto axes, or None.
+    split: fn also takes a vocabulary that is split over 'fsdp'; without it only 'tensor' splits one.
 
   Returns:
     (float32 scalar, {name: float32 scalar}).
@@ -83,12 +86,12 @@ def reduced(fn, student, targets, weights, *, teacher=None, chunk=None, mesh=Non
   _check(student, teacher, targets, chunk)
   weights = weights.astype(jnp.float32)
   if chunk != 0:
-    return _reduced(fn, chunk, mesh, student, teacher, targets, weights)
+    return _reduced(fn, _How(chunk, mesh, split), student, teacher, targets, weights)
   loss, aux = _dense(fn, student, teacher, targets, weights != 0)
   return _totals(loss, aux, weights)
 
 
-def per_token(fn, student, targets, *, teacher=None, chunk=None, mesh=None):
+def per_token(fn, student, targets, *, teacher=None, chunk=None, mesh=None, split=False):
   """Per-token numbers that may be differentiated later; the backward recomputes the logits chunk by chunk.
 
   Gradients flow to the student. A token whose cotangents are all 0 adds exactly nothing to them.
@@ -99,7 +102,7 @@ def per_token(fn, student, targets, *, teacher=None, chunk=None, mesh=None):
     targets: [B, T], or a pytree of [B, T, ...].
     teacher: as in `reduced`.
     chunk: as in `reduced`.
-    mesh: as in `reduced`.
+    mesh, split: as in `reduced`.
 
   Returns:
     {name: float32 [B, T]}.
@@ -110,7 +113,7 @@ def per_token(fn, student, targets, *, teacher=None, chunk=None, mesh=None):
   fn, teacher = _as_tuple(fn, teacher)
   _check(student, teacher, targets, chunk)
   if chunk != 0:
-    return _per_token(fn, chunk, mesh, student, teacher, targets)
+    return _per_token(fn, _How(chunk, mesh, split), student, teacher, targets)
   return _dense(fn, student, teacher, targets, None)
 
 
@@ -133,18 +136,18 @@ def default_chunk(tokens, vocabulary, *, platform):
   return max(1, tokens) if chunks <= 1 else 8 * math.ceil(tokens / (8 * chunks))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _reduced(fn, chunk, mesh, student, teacher, targets, weights):
-  (loss, aux), _ = _sweep(fn, chunk, mesh, student, teacher, targets, None)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _reduced(fn, how, student, teacher, targets, weights):
+  (loss, aux), _ = _sweep(fn, how, student, teacher, targets, None)
   return _totals(loss, aux, weights)
 
 
-def _reduced_forward(fn, chunk, mesh, student, teacher, targets, weights):
-  (loss, aux), gradient = _sweep(fn, chunk, mesh, student, teacher, targets, weights)
+def _reduced_forward(fn, how, student, teacher, targets, weights):
+  (loss, aux), gradient = _sweep(fn, how, student, teacher, targets, weights)
   return _totals(loss, aux, weights), (gradient, jnp.where(weights != 0, loss, 0.0))
 
 
-def _reduced_backward(fn, chunk, mesh, residuals, cotangents):
+def _reduced_backward(fn, how, residuals, cotangents):
   gradient, loss = residuals
   scale = cotangents[0]  # The auxiliaries' cotangents are dropped: they are metrics.
   return jax.tree.map(lambda x: (scale * x).astype(x.dtype), gradient), None, None, scale * loss
@@ -153,18 +156,18 @@ def _reduced_backward(fn, chunk, mesh, residuals, cotangents):
 _reduced.defvjp(_reduced_forward, _reduced_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _per_token(fn, chunk, mesh, student, teacher, targets):
-  (outputs, _), _ = _sweep(_without_aux(fn), chunk, mesh, student, teacher, targets, None)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _per_token(fn, how, student, teacher, targets):
+  (outputs, _), _ = _sweep(_without_aux(fn), how, student, teacher, targets, None)
   return outputs
 
 
-def _per_token_forward(fn, chunk, mesh, student, teacher, targets):
-  return _per_token(fn, chunk, mesh, student, teacher, targets), (student, teacher, targets)
+def _per_token_forward(fn, how, student, teacher, targets):
+  return _per_token(fn, how, student, teacher, targets), (student, teacher, targets)
 
 
-def _per_token_backward(fn, chunk, mesh, residuals, cotangents):
-  _, gradient = _sweep(_without_aux(fn), chunk, mesh, *residuals, cotangents)
+def _per_token_backward(fn, how, residuals, cotangents):
+  _, gradient = _sweep(_without_aux(fn), how, *residuals, cotangents)
   return gradient, None, None
 
 
@@ -212,41 +215,25 @@ def _dense(fn, student, teacher, targets, active):
   return jax.tree.map(lambda x: x.reshape(student.hidden.shape[:2]), result)
 
 
-def _sweep(fn, chunk, mesh, student, teacher, targets, cotangents):
+def _sweep(fn, how, student, teacher, targets, cotangents):
   """((outputs, aux), student gradient or None): every leaf of outputs and aux is [B, T].
 
   cotangents matches fn's first result; None asks for values alone.
   """
-  layout = _layout(mesh, student, teacher)
-  platform = jax.default_backend() if mesh is None else _platform(mesh)
-  local = functools.partial(_local_sweep, fn, chunk, platform, layout)
-  if not layout.rows and layout.vocab is None:
+  shapes = [kernel.shape for kernel in (student.kernel, *(head.kernel for head in teacher))]
+  layout = head_layout.choose(how.mesh, student.hidden.shape[:2], *shapes, split=how.split)
+  platform = jax.default_backend() if how.mesh is None else _platform(how.mesh)
+  local = functools.partial(_local_sweep, fn, how.chunk, platform, layout)
+  if not layout.rows and not layout.vocab:
     return local(student, teacher, targets, cotangents)
   rows = PartitionSpec(layout.rows)
-  student_spec = Head(rows, PartitionSpec(layout.student_embed, layout.vocab))
-  teacher_spec = tuple(Head(rows, PartitionSpec(embed, layout.vocab)) for embed in layout.teacher_embed)
+  student_spec, *teacher_spec = (Head(rows, PartitionSpec(embed, layout.axis_name)) for embed in layout.embeds)
   return jax.shard_map(
     local,
-    mesh=mesh,
-    in_specs=(student_spec, teacher_spec, rows, rows),
+    mesh=how.mesh,
+    in_specs=(student_spec, tuple(teacher_spec), rows, rows),
     out_specs=(rows, None if cotangents is None else student_spec),
   )(student, teacher, targets, cotangents)
-
-
-def _layout(mesh, student, teacher):
-  """How the rules of `sharding` split these arrays; what does not divide stays whole."""
-  if mesh is None or mesh.size == 1:
-    return _Layout(teacher_embed=(None,) * len(teacher))
-  rows = sharding.spec(('batch',), student.hidden.shape[:1], mesh)[0] or ()
-  alone = lambda axis: axis is not None and mesh.shape[axis] == 1  # splits nothing, and must not forbid whole rows
-  split = lambda head: (
-      None if alone(axis) else axis for axis in sharding.spec(('embed', 'vocab'), head.kernel.shape, mesh)
-  )
-  (embed, *embeds), (vocab, *vocabs) = zip(*map(split, (student, *teacher)))
-  vocab = vocab if all(vocabs) else None  # One axis_name serves all.
-  if not rows:  # Every device holds all rows: gathering W by hand would make equal results count as different ones.
-    embed, embeds = None, [None] * len(teacher)
-  return _Layout(rows, embed, tuple(embeds), vocab)
 
 
 def _platform(mesh):
@@ -257,11 +244,13 @@ def _platform(mesh):
 def _local_sweep(fn, chunk, platform, layout, student, teacher, targets, cotangents):
   """The sweep over the tokens of one device."""
   shape = student.hidden.shape[:2]
-  kernel = _whole_kernel(student, layout.student_embed)
-  teacher_kernels = tuple(_whole_kernel(head, embed) for head, embed in zip(teacher, layout.teacher_embed, strict=True))
+  kernel, *teacher_kernels = map(_whole_kernel, (student, *teacher), layout.embeds)
   widest = max(k.shape[1] for k in (kernel, *teacher_kernels))
-  chunk = chunk or default_chunk(math.prod(shape), widest, platform=platform)
-  step = functools.partial(_step, fn, layout.vocab, kernel, teacher_kernels)
+  parts = 1 if layout.tokens is None else jax.lax.axis_size(layout.tokens)
+  chunk = chunk or default_chunk(parts * math.prod(shape), widest, platform=platform)
+  step = functools.partial(_step, fn, layout.axis_name, kernel, tuple(teacher_kernels))
+  if parts > 1:
+    chunk, step = math.ceil(chunk / parts), functools.partial(_together, step, layout.tokens)
   add = functools.partial(_add_product, blocks=_blocks(kernel.shape[1]) if platform == 'cpu' else 1)
   streams = (student.hidden, tuple(head.hidden for head in teacher), targets, cotangents)
   start = None if cotangents is None else _zeros(kernel.shape, layout)
@@ -304,6 +293,17 @@ def _step(fn, axis_name, kernel, teacher_kernels, hidden, teacher_hidden, target
   return (outputs, aux), dhidden, (hidden, dlogits)
 
 
+def _together(step, axis_name, *streams):
+  """step on the tokens of all devices along the axis; each keeps the results of its own."""
+  whole = lambda x: jax.lax.all_gather(x, axis_name, tiled=True, to='invarying')
+  outputs, dhidden, factors = step(*jax.tree.map(whole, streams))
+  count = len(jax.tree.leaves(streams)[0])
+  own = lambda x: jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis_name) * count, count)
+  if dhidden is not None:
+    dhidden = jax.lax.psum_scatter(dhidden, axis_name, tiled=True)
+  return jax.tree.map(own, outputs), dhidden, factors
+
+
 def _add_product(total, left, right, *, blocks):
   """total [D, V] + left^T right, for left [n, D] and right [n, V].
 
@@ -337,11 +337,12 @@ def _apply(fn, logits, teacher_logits, targets, axis_name):
 def _reduce_gradient(gradient, layout, student):
   """Sums the partial gradients of the devices, once, in float32."""
   dhidden, dkernel = gradient
-  if layout.vocab:
-    dhidden = jax.lax.psum(dhidden, layout.vocab)
-  if layout.student_embed:
-    dkernel = jax.lax.psum_scatter(dkernel, layout.student_embed, scatter_dimension=0, tiled=True)
-  rest = tuple(axis for axis in layout.rows if axis != layout.student_embed)
+  partial = tuple(axis for axis in layout.vocab if axis != layout.tokens)
+  if partial:
+    dhidden = jax.lax.psum(dhidden, partial)
+  if layout.embeds[0]:
+    dkernel = jax.lax.psum_scatter(dkernel, layout.embeds[0], scatter_dimension=0, tiled=True)
+  rest = tuple(axis for axis in layout.rows if axis not in (layout.embeds[0], layout.tokens))
   if rest:
     dkernel = jax.lax.psum(dkernel, rest)
   return Head(dhidden.astype(student.hidden.dtype), dkernel.astype(student.kernel.dtype))
@@ -364,7 +365,7 @@ def _whole_kernel(head, axis_name):
 
 def _zeros(shape, layout):
   """float32 zeros, marked as varying over the mesh axes over which the loop's partial sums vary."""
-  axes = layout.rows + ((layout.vocab,) if layout.vocab else ())
+  axes = tuple(dict.fromkeys(layout.rows + layout.vocab))
   zeros = jnp.zeros(shape, jnp.float32)
   return jax.lax.pcast(zeros, axes, to='varying') if axes else zeros
 

@@ -249,8 +249,8 @@ def _sweep(terms: Mapping[str, _Term], prepared: Prepared, heads_of, by_token, c
   student, theirs = heads_of
   total, sums = lm_head.reduced(
       token_loss, student if learnt else jax.lax.stop_gradient(student), given, prepared.batch.loss_mask,
-      teacher=theirs if needs_teacher else (), chunk=chunk,
-      mesh=sharding.current_mesh(),
+      teacher=theirs if needs_teacher else (), chunk=chunk, mesh=sharding.current_mesh(),
+      split=not any(one.term.whole for one in terms.values()),
   )
   return total, {name: Mean(value, jnp.sum(prepared.masks[name])) for name, value in sums.items()}
 
@@ -266,7 +266,7 @@ def _logprobs(prepared: Prepared, heads_of, by_token, chunk, temperature):
 
   return lm_head.per_token(
       fn, heads_of[0], (prepared.batch.targets, by_token), teacher=heads_of[1], chunk=chunk,
-      mesh=sharding.current_mesh(),
+      mesh=sharding.current_mesh(), split=True,
   )
 
 

@@ -100,7 +100,7 @@ def objective(config: PreferenceConfig, model, reference_model=None) -> Objectiv
   def logprobs(model, params, batch):
     head = lm_head.Head(forward(model, params, batch).hidden, heads.unembedding(params))
     mesh = sharding.current_mesh()
-    return lm_head.per_token(fn, head, batch.targets, chunk=config.head_chunk, mesh=mesh)['logprobs']
+    return lm_head.per_token(fn, head, batch.targets, chunk=config.head_chunk, mesh=mesh, split=True)['logprobs']
 
   def score(params, frozen, batch: Batch) -> Scores:
     reference = logprobs(reference_model, frozen['reference'], batch) if loss.referenced else None

@@ -49,7 +49,7 @@ def score(model, params, batch, *, temperature, chunk, value_head=None, groups: 
     hidden, span = forward(model, params, batch).hidden, slice(0, batch.inputs.shape[1])
   head = lm_head.Head(hidden, heads.unembedding(params))
   fn = functools.partial(token_scores, temperature=temperature)
-  found = lm_head.per_token(fn, head, batch.targets[:, span], chunk=chunk, mesh=sharding.current_mesh())
+  found = lm_head.per_token(fn, head, batch.targets[:, span], chunk=chunk, mesh=sharding.current_mesh(), split=True)
   if value_head is not None:
     found['values'] = heads.value(value_head, hidden)
   around = ((0, 0), (span.start, batch.inputs.shape[1] - span.stop))

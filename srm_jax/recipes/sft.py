@@ -48,7 +48,8 @@ def objective(model, *, head_chunk: int | None) -> Objective:
     del frozen, rng
     head = lm_head.Head(forward(model, params['model'], batch).hidden, heads.unembedding(params['model']))
     total, aux = lm_head.reduced(
-        token_loss, head, batch.targets, batch.loss_mask, chunk=head_chunk, mesh=sharding.current_mesh()
+        token_loss, head, batch.targets, batch.loss_mask, chunk=head_chunk, mesh=sharding.current_mesh(),
+        split=True,
     )
     count = count_tokens(batch)
     return {'cross_entropy': (1.0, total)}, {name: Mean(value, count) for name, value in aux.items()}

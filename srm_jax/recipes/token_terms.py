@@ -15,7 +15,7 @@ import numpy as np
 
 from srm_jax import schema
 from srm_jax.losses import cross_entropy, top_k
-from srm_jax.losses.distillation import DIVERGENCES
+from srm_jax.losses.distillation import DIVERGENCES, WHOLE_VOCABULARY
 from srm_jax.recipes import schedules
 
 
@@ -30,16 +30,19 @@ class Tokens(NamedTuple):
   targets: Any
   numbers: Mapping[str, Any]
   known: Mapping[str, Any]
-  axis_name: str | None
+  axis_name: str | tuple[str, ...] | None
 
 
 class TokenTerm(NamedTuple):
-  """fn(Tokens) -> [n]; numbers: its scheduled options; teacher: whether it reads the teacher's logits."""
+  """fn(Tokens) -> [n]; numbers: its scheduled options; teacher: whether it reads the teacher's logits; whole: needs the
+  vocabulary on one device.
+  """
 
   fn: Callable[[Tokens], Any]
   numbers: Mapping[str, schedules.Schedule]
   teacher: bool
   spoken: str
+  whole: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +101,7 @@ def _divergence(options, where) -> TokenTerm:
   spoken = f'{config.name}(T={schedules.spoken(config.temperature)}{said})'
   if config.scale_by_squared_temperature:
     spoken = f'T^2 {spoken}'
-  return TokenTerm(fn, changing, True, spoken)
+  return TokenTerm(fn, changing, True, spoken, config.name in WHOLE_VOCABULARY)
 
 
 def _top_k(options, where) -> TokenTerm:

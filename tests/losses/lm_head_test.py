@@ -1,14 +1,12 @@
 """The chunked lm head against plain whole logits: values, gradients, masks, meshes, memory and collectives."""
 
 import functools
-import math
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from srm_jax import sharding
 from srm_jax.losses import cross_entropy, lm_head, vocabulary
@@ -268,6 +266,32 @@ def test_mesh_equals_one_device(run, fn, shape, chunk):
   assert_close(run(fn, problem(*shape), chunk=chunk, mesh=mesh), plain(fn, problem(*shape)))
 
 
+@pytest.mark.parametrize('run', [run_reduced, run_per_token])
+@pytest.mark.parametrize(
+  'mesh, shape, chunk, axes',
+  [
+    ((2, 2, 2), (4, 7, 8, 32), 3, ('fsdp', 'tensor')),
+    ((1, 8, 1), (8, 3, 8, 32), 16, 'fsdp'),  # two tokens a device and chunk
+    ((1, 8, 1), (8, 3, 8, 32), None, 'fsdp'),
+    ((1, 8, 1), (8, 3, 8, 8), 16, None),  # three times as many tokens as entries
+  ],
+)
+def test_tokens_may_travel_instead_of_the_unembedding(run, mesh, shape, chunk, axes):
+  """Values and gradients stay, with a teacher of another width, and numbers of tokens enter through the targets."""
+  seen, (student, teacher, targets, weights) = set(), problem(*shape)
+  share = np.linspace(0, 1, targets.size, dtype=np.float32).reshape(targets.shape)
+
+  def shared(student_logits, teacher_logits, given, *, axis_name):
+    seen.add(axis_name)
+    loss, aux = forward_kl(student_logits, teacher_logits, given['id'], axis_name=axis_name)
+    return given['share'] * loss, aux
+
+  data = student, teacher, dict(id=targets, share=share), weights
+  found = run(shared, data, chunk=chunk, mesh=sharding.make_mesh(mesh), split=True)
+  assert seen == {axes}
+  assert_close(found, run(shared, data, chunk=0))
+
+
 def test_a_mesh_that_does_not_split_the_vocabulary_does_not_name_its_axis():
   seen = []
 
@@ -281,64 +305,12 @@ def test_a_mesh_that_does_not_split_the_vocabulary_does_not_name_its_axis():
   assert seen[-1] == 'tensor'
 
 
-def test_loop_has_no_bulk_collective():
-  rows, time, features, entries, chunk = 8, 96, 48, 80, 17
-  text = _compiled_on_mesh(rows, time, features, entries, chunk)
-  inside, outside = _collectives(text)
-  assert inside and all(size <= chunk for size in inside), inside
-  # What left the loop is there once: W gathered, dW scattered, dhidden summed.
-  assert features * entries // 2 in outside and features * entries // 4 in outside
-  assert rows * time * features // 4 in outside
-
-
 def test_kernel_is_gathered_in_the_compute_dtype():
   student, _, targets, weights = problem()
   student = student._replace(hidden=student.hidden.astype(jnp.bfloat16))
   loss = lambda s: lm_head.reduced(nll, s, targets, weights, chunk=3, mesh=sharding.make_mesh((2, 2, 2)))[0]
   gathers = re.findall(r'all_gather.*?->\s*tensor<(\S+?)>', jax.jit(jax.grad(loss)).lower(student).as_text())
   assert gathers == [f'{D}x{V // 2}xbf16']
-
-
-def _compiled_on_mesh(rows, time, features, entries, chunk):
-  mesh = sharding.make_mesh((2, 2, 2))
-  place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
-  tokens, head = place(sharding.TOKEN_AXES), Head(place(sharding.TOKEN_AXES), place('fsdp', 'tensor'))
-
-  def gradient(student, teacher, targets, weights):
-    loss = lambda s: lm_head.reduced(forward_kl, s, targets, weights, teacher=teacher, chunk=chunk, mesh=mesh)
-    return jax.grad(loss, has_aux=True)(student)[0]
-
-  shape = lambda size, dtype=jnp.float32: jax.ShapeDtypeStruct(size, dtype)
-  heads = Head(shape((rows, time, features)), shape((features, entries)))
-  arguments = (heads, heads, shape((rows, time), jnp.int32), shape((rows, time)))
-  jitted = jax.jit(gradient, in_shardings=(head, head, tokens, tokens), out_shardings=head)
-  return jitted.lower(*arguments).compile().as_text()
-
-
-def _collectives(text):
-  """Element counts of the results of collectives (inside while loops, elsewhere) in optimised HLO."""
-  computations = {}
-  for line in text.splitlines():
-    if started := re.match(r'(?:ENTRY )?%?([\w.\-]+) \(.*\{$', line):
-      name = started.group(1)
-    elif '=' in line and line.startswith(' '):
-      computations.setdefault(name, []).append(line)
-  called = lambda lines: re.findall(r'(?:body|condition|to_apply|calls)=%?([\w.\-]+)', '\n'.join(lines))
-  looping, queue = set(), re.findall(r'(?:body|condition)=%?([\w.\-]+)', text)
-  while queue:
-    name = queue.pop()
-    if name not in looping:
-      looping.add(name)
-      queue += called(computations.get(name, []))
-  sizes = lambda names: [size for name in names for line in computations[name] for size in _collective_sizes(line)]
-  return sizes(looping & set(computations)), sizes(set(computations) - looping)
-
-
-def _collective_sizes(line):
-  kinds = 'all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute'
-  found = re.search(rf'= (.*?) (?:{kinds})(?:-start)?\(', line)
-  shapes = re.findall(r'\w+\[([\d,]*)\]', found.group(1)) if found else []
-  return [math.prod(int(size) for size in shape.split(',') if size) for shape in shapes]
 
 
 def test_chunks_need_a_quarter_of_the_memory():
