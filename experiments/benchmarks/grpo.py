@@ -17,6 +17,9 @@ bfloat16 ours and Tunix keep float32 weights; TRL runs both by autocast and with
 the faster; a side whose first step takes longer than --patience, which then is most of compiling too, is timed by that
 step alone.
 
+All sides keep the memory that they free (`timing.keep_memory`): on a virtual machine the turns of the others would cost
+them seconds a step otherwise, and ours most. MALLOC_MMAP_MAX_=65536 in the environment leaves malloc as it is.
+
 The update is what is neither sampling (decoding of text included) nor grading. GFLOP/s are of the least work: each
 prompt run once, no padding. The line of a single product says what the processor gives at most.
 

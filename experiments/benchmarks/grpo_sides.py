@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from experiments import runtime
+from experiments.benchmarks import timing
 
 PARTS = ('rollout', 'scoring', 'update')
 LEARNING_RATE, CLIP_NORM, CLIP = 1e-6, 1.0, 0.2
@@ -317,6 +318,7 @@ def main():
   name, words = sys.argv[1:]
   told = os.fdopen(os.dup(1), 'w')
   os.dup2(2, 1)  # libraries print what they like
+  timing.keep_memory()
   if name != 'trl':
     runtime.prepare()
   work = Work(**json.loads(words))
