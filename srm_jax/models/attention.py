@@ -51,6 +51,23 @@ def _product(equation, *operands):
   return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
 
 
+def _of_queries(equation, left, cached, *, summed: int):
+  """`_product` of what queries have, [B, K, G, T, n], and a cache [B, K, S, D], summed over that axis of it.
+
+  A CPU has no batched products of bfloat16. For one query it would write the whole cache out in float32, token by
+  token; a loop converts what it reads.
+  """
+
+  def loop(left, cached):
+    wide = jnp.expand_dims(left, -3 - summed).astype(jnp.float32)
+    return jnp.sum(wide * cached[:, :, None, None].astype(jnp.float32), axis=summed)
+
+  product = functools.partial(_product, equation)
+  if left.shape[3] > 1 or left.dtype == jnp.float32:
+    return product(left, cached)
+  return jax.lax.platform_dependent(left, cached, cpu=loop, default=product)
+
+
 def _group(queries, kv_heads: int, scale: float):
   """Scaled queries by key head, batch axes first: [B, T, H, D] -> [B, K, G, T, D], head h to group h // G."""
   batch, length, heads, dim = queries.shape
@@ -60,7 +77,7 @@ def _group(queries, kv_heads: int, scale: float):
 
 def _scores(queries, keys, visible: Visibility, window: int):
   """Masked float32 scores: queries [B, K, G, T, D], keys [B, K, S, D] -> [B, K, G, T, S]."""
-  scores = _product('bkgtd,bksd->bkgts', queries, keys)
+  scores = _of_queries('bkgtd,bksd->bkgts', queries, keys, summed=-1)
   slot = visible.offset + jnp.arange(queries.shape[3])[:, None]
   key_slot = jnp.arange(keys.shape[2])[None, :]
   near = key_slot <= slot
@@ -85,7 +102,8 @@ def _attend_forward(queries, keys, values, visible, window):
   largest = jnp.max(scores, axis=-1, keepdims=True)
   weights = jnp.exp(scores - largest)
   total = jnp.sum(weights, axis=-1, keepdims=True)
-  out = (_product('bkgts,bksd->bkgtd', weights.astype(values.dtype), values) / total).astype(values.dtype)
+  weighted = _of_queries('bkgts,bksd->bkgtd', weights.astype(values.dtype), values, summed=-2)
+  out = (weighted / total).astype(values.dtype)
   return out, (queries, keys, values, visible, out, largest + jnp.log(total))
 
 

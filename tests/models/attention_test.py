@@ -122,6 +122,35 @@ def test_a_query_that_sees_nothing_is_finite_and_teaches_nothing():
   assert all(float(jnp.abs(leaf).max()) == 0 for leaf in gradients)
 
 
+@pytest.mark.parametrize('heads', [2, 6])
+def test_one_query_in_bfloat16_is_the_last_of_many(heads):
+  """A CPU takes another way for it."""
+  rng = np.random.default_rng(0)
+  queries, keys, values = (
+      jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((3, 7, heads, 4), (3, 2, 9, 4), (3, 2, 9, 4))
+  )
+  segments = jnp.asarray([[1] * 9, [0] * 4 + [1] * 5, [0] * 2 + [1] * 7])
+  visible = attention.Visibility(segments[:, 2:], segments, 2)
+  last = visible._replace(query_segments=segments[:, -1:], offset=8)
+  many = attention.attend(queries, keys, values, visible)[:, -1:]
+  one = attention.attend(queries[:, -1:], keys, values, last)
+  assert one.dtype == jnp.bfloat16
+  np.testing.assert_allclose(one.astype(np.float32), many.astype(np.float32), rtol=2**-7, atol=2**-9)
+
+
+def test_decoding_in_bfloat16_writes_no_cache_in_float32():
+  rows, size = 4, 512
+  shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
+  cache = shape(rows, 2, size, 16)
+  ints = jax.ShapeDtypeStruct((rows, size), jnp.int32)
+
+  def token(query, keys, values, segments):
+    return attention.attend(query, keys, values, attention.Visibility(segments[:, -1:], segments, size - 1))
+
+  compiled = jax.jit(token).lower(shape(rows, 1, 2, 16), cache, cache, ints).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < rows * 2 * size * 16 * 4
+
+
 def test_bfloat16_stays_near_float32():
   visible = Visibility(SEGMENTS, SEGMENTS, 0)
   exact = _value_and_gradients(attention.attend, *_arrays(), visible)
