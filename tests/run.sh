@@ -1,11 +1,25 @@
 #!/usr/bin/env bash
 # Runs the tests: bash tests/run.sh [--all] [pytest's own options and paths]
-# --all adds what is marked slow (kill tests, notebooks, every family's parity with PyTorch) and,
-# where it exists, the TPU compiler for plan. Real data is found through SRM_DATA_DIR.
+# --all adds what is marked slow (kill tests, notebooks, every family's parity with PyTorch) and, where they exist, the
+# TPU compiler for plan and a browser for the HTML pages. Real data is found through SRM_DATA_DIR.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . experiments/environment.sh
 
+# Chromium of Debian's packages, where this user may install it. Without a browser its tests are skipped.
+install_browser() {
+  if type -P chromium google-chrome >/dev/null || ! type -P apt-get >/dev/null || [ "$(id -u)" != 0 ]; then
+    return
+  fi
+  say 'installing chromium, for the tests of HTML pages'
+  local get=(timeout 300 apt-get -o DPkg::Lock::Timeout=60)
+  if ! { "${get[@]}" update && DEBIAN_FRONTEND=noninteractive "${get[@]}" install -y --no-install-recommends chromium; } \
+    >"$venv/chromium.log" 2>&1; then
+    say "no chromium: those tests are skipped ($venv/chromium.log)"
+  fi
+}
+
+browser=''
 selection=(-m 'not slow')
 extras=(test)
 arguments=()
@@ -13,6 +27,7 @@ for argument in "$@"; do
   case $argument in
     --all)
       selection=()
+      browser=wanted
       extras+=(notebooks bench)
       [ "$(uname -sm)" != 'Linux x86_64' ] || extras+=(tpu)
       ;;
@@ -20,6 +35,7 @@ for argument in "$@"; do
   esac
 done
 prepare_environment "${extras[@]}"
+[ -z "$browser" ] || install_browser
 
 if [ -z "${SRM_DATA_DIR:-}" ] && [ -d ../shared/data ]; then
   SRM_DATA_DIR=$(cd ../shared/data && pwd)

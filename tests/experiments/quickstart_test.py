@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 import xml.etree.ElementTree
 
 import numpy as np
@@ -14,6 +13,7 @@ from configs import quickstart
 from experiments.quickstart import __main__ as main
 from experiments.quickstart import calibrate, cases, estimate, findings, page, record, reference, sentences, table
 from srm_jax import schema, stages, statistics
+from tests import browser
 from tests.experiments import synthetic_line
 
 COUNT = 90
@@ -257,19 +257,8 @@ def test_completions_are_escaped():
 
 @pytest.mark.parametrize('width', [500, 1280])
 def test_page_does_not_overflow_in_a_browser(rendered, tmp_path, width):
-  browser = shutil.which('chromium') or shutil.which('google-chrome')
-  if browser is None:
-    pytest.skip('no chromium')
-  probe = '<script>document.title = document.documentElement.scrollWidth + " of " + innerWidth</script></body>'
-  (tmp_path / 'page.html').write_text(rendered.replace('</body>', probe))
-  flags = (
-      '--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-sync',
-      '--disable-background-networking', '--disable-component-update', f'--user-data-dir={tmp_path / "profile"}',
-      f'--window-size={width},900',
-  )
-  command = [browser, *flags, '--dump-dom', f'file://{tmp_path / "page.html"}']
-  text = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-  wide, there = map(int, re.search(r'<title>(\d+) of (\d+)</title>', text).groups())
+  sizes = '[document.documentElement.scrollWidth, innerWidth].join()'
+  wide, there = map(int, browser.evaluate(rendered, sizes, tmp_path, width=width).split(','))
   assert wide <= there
 
 

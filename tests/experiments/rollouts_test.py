@@ -1,9 +1,8 @@
 """The page of rollouts: nothing in a text can break it, every completion is there, colours follow the numbers."""
 
 import html.parser
+import json
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from srm_jax import alarms
 from srm_jax.data import tokenizer
 from srm_jax.rollout_view import Group, Sample, View
 from srm_jax.train import train
-from tests import tiny
+from tests import browser, tiny
 from tests.tiny import one_device, tiny_tasks  # noqa: F401
 
 BYTES = tokenizer.load('byte')
@@ -147,24 +146,14 @@ def test_a_run_has_its_page(run, capsys):
 
 @pytest.mark.parametrize('width', [500, 1280])
 def test_page_does_not_overflow_in_a_browser_and_answers_a_tap(tmp_path, width):
-  browser = shutil.which('chromium') or shutil.which('google-chrome')
-  if browser is None:
-    pytest.skip('no chromium')
   samples = [sample('x' * 300, reward=1.0, advantage=1.0), sample('word ' * 200, advantage=-1.0, ratio=None)]
-  probe = (
-      '<script>document.querySelector(".t").click(); const root = document.documentElement; document.title = '
-      '`${root.scrollWidth} of ${innerWidth}, ${getComputedStyle(document.querySelector(".up")).backgroundColor}, ` + '
-      'document.getElementById("panel").textContent</script></body>'
-  )
   text = page.render(view(group(*samples, prompt='y' * 400)))
-  (tmp_path / 'page.html').write_text(text.replace('</body>', probe), encoding='utf-8')
-  flags = (
-      '--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-sync',
-      '--disable-background-networking', '--disable-component-update', f'--user-data-dir={tmp_path / "profile"}',
-      f'--window-size={width},900',
+  script = (
+      'document.querySelector(".t").click(); const root = document.documentElement; JSON.stringify([root.scrollWidth, '
+      'innerWidth, getComputedStyle(document.querySelector(".up")).backgroundColor, '
+      'document.getElementById("panel").textContent])'
   )
-  command = [browser, *flags, '--dump-dom', f'file://{tmp_path / "page.html"}']
-  done = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-  title = re.search(r'<title>(\d+) of (\d+), (.*?), "x" log-prob', done)
-  assert int(title[1]) <= int(title[2])
-  assert title[3] == 'rgba(31, 138, 91, 0.6)'  # .up at full strength, by the colouring that is chosen at first
+  wide, there, colour, panel = json.loads(browser.evaluate(text, script, tmp_path, width=width))
+  assert wide <= there
+  assert colour == 'rgba(31, 138, 91, 0.6)'  # .up at full strength, by the colouring that is chosen at first
+  assert panel.startswith('"x" log-prob')
