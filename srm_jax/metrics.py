@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import rich.progress
-import tensorboardX
 
 from srm_jax.train_step import combine
 from srm_jax.types import Max, Mean
@@ -46,7 +45,10 @@ def read(workdir) -> list[dict]:
 
 
 class Writer(NamedTuple):
-  """Writes rows to metrics.jsonl and TensorBoard event files below a workdir; with path None to neither."""
+  """Writes rows to metrics.jsonl and TensorBoard event files below a workdir; with path None to neither.
+
+  A mean over nothing is NaN in a row, and no point on the board.
+  """
 
   path: pathlib.Path | None
   board: Any  # a tensorboardX.SummaryWriter
@@ -57,7 +59,8 @@ class Writer(NamedTuple):
     with self.path.open('a') as file:
       file.write(json.dumps({'step': step, **row}) + '\n')
     for name, value in row.items():
-      self.board.add_scalar(name, np.float32(value), step)
+      if not math.isnan(value):
+        self.board.add_scalar(name, np.float32(value), step)
 
   def close(self):
     self.board.close()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -35,6 +36,16 @@ def test_rows_beyond_the_checkpoint_are_written_again(tmp_path):
   again.close()
   assert metrics.read(tmp_path) == [{'step': 1, 'loss': 0.5}, {'step': 2, 'loss': 1.0}, {'step': 3, 'loss': 9.0}]
   assert list((tmp_path / 'tensorboard').glob('events*'))
+
+
+def test_a_mean_over_nothing_is_no_point_on_the_board(tmp_path):
+  writer = metrics.open_writer(tmp_path, step=0)
+  drawn = []
+  writer._replace(board=SimpleNamespace(add_scalar=lambda *point: drawn.append(point))).write(
+      1, {'length_right': math.nan, 'loss': 2.0}
+  )
+  writer.close()
+  assert drawn == [('loss', 2.0, 1)] and math.isnan(metrics.read(tmp_path)[0]['length_right'])
 
 
 def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
