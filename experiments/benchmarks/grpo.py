@@ -5,20 +5,20 @@
 6.8 M parameters (d=256, 6 layers, 4 heads, mlp 1024, vocabulary 2048), random weights; 8 prompts of 53 tokens, 8
 completions each, which all reach 128 tokens: end-of-text is an id that no model has. All sides sample from the whole
 distribution at temperature 1, grade the decoded text by the same Python function, and take one step of AdamW on all 64
-rows at once, with clipped gradients, the advantage over its group's deviation, the mean over a completion's tokens and
-no penalty. Each runs in a process of its own through its public trainer, held up between steps, so that they take
-turns; a side that samples, scores or steps otherwise than asked stops the benchmark.
+rows, with clipped gradients, the advantage over its group's deviation, the mean over a completion's tokens and no
+penalty. Each runs in a process of its own through its public trainer, held up between steps, so that they take turns; a
+side that samples, scores or steps otherwise than asked stops the benchmark.
 
 What differs. Ours runs each prompt once, in sampling and in the update, the others in every row; on several cores it
 decodes two batches side by side; it also returns the sampler's log-probabilities, and its ratio is to those, where the
 others' ratio is to themselves, which is 1. TRL's model is transformers' Llama, Tunix's its Qwen2 (biases on queries,
 keys and values). Gradient checkpointing, which is TRL's default, is off; Tunix's cache is no longer than a row. In
-bfloat16 ours and Tunix keep float32 weights; TRL runs both by autocast and with bfloat16 weights, and the ratio is to
-the faster; a side whose first step takes longer than --patience, which then is most of compiling too, is timed by that
-step alone.
+bfloat16 ours and Tunix keep float32 weights; TRL runs both by autocast and with bfloat16 weights; a side whose first
+step takes longer than --patience, which then is most of compiling too, is timed by that step alone.
 
-All sides keep the memory that they free (`timing.keep_memory`): on a virtual machine the turns of the others would cost
-them seconds a step otherwise, and ours most. MALLOC_MMAP_MAX_=65536 in the environment leaves malloc as it is.
+Ours takes its update in four microbatches of two groups, the same gradient up to rounding: temporaries of all rows at
+once, 2 GB, are asked for anew at each step, and finding the pages takes up to half of the update again. TRL runs both
+ways, too (`parts`: gradients accumulated over four), and the ratio is to the fastest. Tunix runs as it comes.
 
 The update is what is neither sampling (decoding of text included) nor grading. GFLOP/s are of the least work: each
 prompt run once, no padding. The line of a single product says what the processor gives at most.
@@ -50,8 +50,8 @@ from srm_jax.models.config import TransformerConfig, active_params, forward_flop
 NAMES = ['ours', 'trl', 'tunix']
 SHAPE = dict(vocab_size=2048, num_layers=6, embed_dim=256, num_heads=4, num_kv_heads=4, head_dim=64, mlp_dim=1024)
 TINY = dict(vocab_size=64, num_layers=1, embed_dim=64, num_heads=2, num_kv_heads=2, head_dim=32, mlp_dim=128)
-FULL_STEP = dict(model=SHAPE, prompts=8, samples=8, prompt_tokens=53, new_tokens=128)
-SMOKE_STEP = dict(model=TINY, prompts=2, samples=4, prompt_tokens=5, new_tokens=8)
+FULL_STEP = dict(model=SHAPE, prompts=8, samples=8, prompt_tokens=53, new_tokens=128, microbatches=4)
+SMOKE_STEP = dict(model=TINY, prompts=2, samples=4, prompt_tokens=5, new_tokens=8, microbatches=2)
 
 
 class Least(NamedTuple):
@@ -114,11 +114,11 @@ def starters(work: Work, sides: Sequence[str]) -> dict[str, Callable[[], Side]]:
   """{label: what starts a side asked for}, ours first; `product` is no side, but what bounds them."""
   found = {'srm_jax': functools.partial(Side, 'ours', work)} if 'ours' in sides else {}
   if 'trl' in sides and peers.installed('trl'):
-    kept = {'TRL': work.dtype}
+    ways = {'TRL': (work.dtype, 1), 'TRL parts': (work.dtype, work.microbatches)}
     if work.dtype != 'float32':
-      kept = {'TRL autocast': 'float32', 'TRL weights': work.dtype}
-    for label, weights in kept.items():
-      found[label] = functools.partial(Side, 'trl', dataclasses.replace(work, weights=weights))
+      ways = {'TRL autocast': ('float32', 1), 'TRL weights': ways['TRL'], 'TRL w. parts': ways['TRL parts']}
+    for label, (weights, parts) in ways.items():
+      found[label] = functools.partial(Side, 'trl', dataclasses.replace(work, weights=weights, microbatches=parts))
   if 'tunix' in sides:
     found['Tunix'] = functools.partial(Side, 'tunix', work, python=environment(cache()))
   return found | {'product': functools.partial(Side, 'product', work)}

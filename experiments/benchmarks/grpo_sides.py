@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from experiments import runtime
-from experiments.benchmarks import timing
 
 PARTS = ('rollout', 'scoring', 'update')
 LEARNING_RATE, CLIP_NORM, CLIP = 1e-6, 1.0, 0.2
@@ -34,8 +33,9 @@ class Work:
   """One step: `samples` completions of `new_tokens` tokens to each of `prompts` prompts of `prompt_tokens` tokens.
 
   model: vocab_size, num_layers, embed_dim, num_heads, num_kv_heads, head_dim, mlp_dim. dtype: what is computed in.
-  weights: what TRL keeps weights in; with float32 and another dtype it computes by autocast. tokenizer: a folder in
-  which ids are words, and end-of-text, which is padding too, is an id that the model does not have.
+  weights: what TRL keeps weights in; with float32 and another dtype it computes by autocast. microbatches: parts that an
+  update takes one after the other, by ours and TRL. tokenizer: a folder in which ids are words, and end-of-text, which
+  is padding too, is an id that the model does not have.
   """
 
   model: Mapping[str, int]
@@ -45,6 +45,7 @@ class Work:
   new_tokens: int
   dtype: str
   weights: str
+  microbatches: int
   tokenizer: str
 
   @property
@@ -174,7 +175,8 @@ def ours(work: Work, turns: Turns):
   sample, mesh = turns.timed('rollout', recipe.source.next), sharding.make_mesh()
   whole = jax.NamedSharding(mesh, jax.P())
   step = jax.jit(
-      train_step.build_train_step(recipe.objective, tx), donate_argnums=0, out_shardings=(whole, None),
+      train_step.build_train_step(recipe.objective, tx, microbatches=work.microbatches), donate_argnums=0,
+      out_shardings=(whole, None),
   )
   with jax.set_mesh(mesh):
     state = jax.device_put(train_step.init_state(params, tx), whole)
@@ -225,7 +227,8 @@ def trl(work: Work, turns: Turns):
   with tempfile.TemporaryDirectory() as folder:
     config = GRPOConfig(
         output_dir=folder, use_cpu=True, bf16=work.weights != work.dtype, gradient_checkpointing=False,
-        per_device_train_batch_size=work.rows, num_generations=work.samples, max_completion_length=work.new_tokens,
+        per_device_train_batch_size=work.rows // work.microbatches, gradient_accumulation_steps=work.microbatches,
+        num_generations=work.samples, max_completion_length=work.new_tokens,
         max_steps=FOR_EVER, learning_rate=LEARNING_RATE, lr_scheduler_type='constant', weight_decay=0.0,
         max_grad_norm=CLIP_NORM, beta=0.0, epsilon=CLIP, loss_type='grpo', use_vllm=False, logging_strategy='no',
         save_strategy='no', report_to='none', disable_tqdm=True,
@@ -318,7 +321,6 @@ def main():
   name, words = sys.argv[1:]
   told = os.fdopen(os.dup(1), 'w')
   os.dup2(2, 1)  # libraries print what they like
-  timing.keep_memory()
   if name != 'trl':
     runtime.prepare()
   work = Work(**json.loads(words))

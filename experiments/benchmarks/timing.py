@@ -1,18 +1,12 @@
 """Timing of competitors in turns, so that a machine's moods hit all alike; the memory that a process took."""
 
-import ctypes
 import math
-import os
 import pathlib
-import platform
 import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
-
-# Parameters of glibc's mallopt.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 
 
 class Timing(NamedTuple):
@@ -38,20 +32,6 @@ def interleaved(
     for name in patient:
       seconds[name].append(_timed(runs[name]))
   return {name: Timing(*map(statistics.median, zip(*rows)), len(rows)) for name, rows in seconds.items()}
-
-
-def keep_memory():
-  """Has this process keep what it frees for its next allocation; MALLOC_MMAP_MAX_ in the environment leaves it alone.
-
-  malloc maps what is large, and unmaps it when it is freed. On a virtual machine the host takes such pages back while
-  another side has its turn, and seconds of a step go into finding them again, the more the larger its temporaries are.
-  To be called before there are threads, and where models are small: large arrays leave holes. With glibc alone.
-  """
-  if 'MALLOC_MMAP_MAX_' in os.environ or platform.libc_ver()[0] != 'glibc':
-    return
-  # One arena: that of a further thread maps what does not fit it, whatever the limit.
-  for parameter, value in ((_MMAP_MAX, 0), (_ARENA_MAX, 1), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 * 2**20)):
-    ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def _timed(run: Callable[[], object]) -> tuple[float, float]:

@@ -1,11 +1,6 @@
 """Benchmarks time their sides in turns; a side that takes minutes is not called again."""
 
 import math
-import platform
-import subprocess
-import sys
-
-import pytest
 
 from experiments.benchmarks import timing
 
@@ -36,29 +31,3 @@ def test_a_side_beyond_patience_stands_by_its_first_call(monkeypatch):
   found = timing.interleaved(runs, rounds=5, patience=60.0)
   assert found == {'quick': timing.Timing(1.0, 1.0, 5), 'slow': timing.Timing(61.0, 100.0, 1)}
   assert len(calls) == 1 and timing.interleaved(runs, rounds=2, patience=math.inf)['slow'].rounds == 2
-
-
-FAULTS = """
-import resource, threading, numpy as np
-from experiments.benchmarks import timing
-timing.keep_memory()
-def touch():
-  for _ in range(4):
-    np.ones(2**25)  # 256 MiB, of a thread of its own
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-touch()
-before = faults()
-thread = threading.Thread(target=touch)
-thread.start()
-thread.join()
-print(faults() - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='mallopt is of glibc')
-def test_memory_that_is_kept_is_not_asked_for_again(monkeypatch):
-  count = lambda: int(subprocess.run([sys.executable, '-c', FAULTS], check=True, capture_output=True).stdout)
-  monkeypatch.delenv('MALLOC_MMAP_MAX_', raising=False)
-  kept = count()
-  monkeypatch.setenv('MALLOC_MMAP_MAX_', '65536')
-  assert kept * 3 < count()
