@@ -1,14 +1,13 @@
 """Every preset of policy-gradient RL (configs/rl), from one start, on the same prompts and as many samples a turn.
 
-Run: python -m experiments.reproduce --run=estimators --workdir=runs/estimators    (a CPU core, 15 minutes; status: run)
+Run: python -m experiments.reproduce --run=estimators --workdir=runs/estimators    (a CPU core, 45 minutes; status: run)
 The start has learnt running sums of six digits from chains of which every second one misreads a term (running_sums.py
 in srm_jax/tasks), so that at temperature 1 it is right less often than it could be. One start serves all seeds, which
 tell of prompts and samples. Arms: the recipe sections of the presets as they are (advantage, surrogate, reduction, KL,
-minibatches, epochs, dynamic sampling, shaping); problems, rows, and 24 turns of 8 prompts in groups of 8 are the
+minibatches, epochs, dynamic sampling, shaping); problems, rows, and 120 turns of 32 prompts in groups of 8 are the
 study's. A turn is what is sampled at once: one update, or four (gspo, cispo, sapo), or eight (ppo, in two epochs).
-Adam's rate is 1e-3 over the square root of the updates a turn. On development seed 901, from a start of its own, GRPO
-was better at 1e-3 than at 5e-4 (32 turns of 16 prompts); REINFORCE was tried at 5e-4, GSPO at 5e-4, PPO at 3e-4 and
-3.5e-4, DAPO at 1e-3, the other arms not at all: that one of them would do better at another rate is not excluded.
+Adam's rate is over the square root of the updates a turn. Each arm has the best of 3e-4, 1e-3 and 2e-3 on development
+seed 901, from a start of its own: 1e-3, and cispo 3e-4. There 2e-3 broke grpo, dr_grpo, reinforce, cispo and sapo.
 Accuracy is of one answer at temperature 1 to each of 1000 test problems. Claims: 1. with a baseline of the group (mean
 of rloo, grpo, dr_grpo) it is above reinforce; 2. dapo is above grpo, after as many updates on as many samples, while it
 draws more; 3. rloo is above ppo; 4. several updates a turn (mean of gspo, cispo, sapo) are above grpo.
@@ -17,8 +16,8 @@ Rule, stated before the run, over 5 paired seeds:
   contradicted  that interval is below 0, and p < .05,
   inconclusive  else; the seeds (or problems) that would decide are printed.
 Sampled tokens, and all other differences, are reported without a claim: ten arms have 45 of them.
-Seen after the run: this start is right on 29 % (that of the development seed was on 55), and in 24 turns every arm
-gains four to six points: all learn, and the run is too short to tell one from another.
+The first run, 24 turns of 8 prompts at 1e-3 for all arms, was too short: every arm gained four to six points, and no
+claim was decided. Claims and rule are those that were stated before it.
 Reference: Ahmadian et al., arXiv:2402.14740 (1, 3); Yu et al., DAPO, arXiv:2503.14476 (2); Zheng et al., GSPO,
 arXiv:2507.18071 (4); the others in configs/rl.
 """
@@ -35,9 +34,9 @@ PRESETS = dict(
     reinforce_plus_plus=reinforce_plus_plus, ppo=ppo,
 )
 _START = 3  # its seed
-_RATE = 1e-3
-_GROUPS = dict(full=dict(prompts=8, samples=8), smoke=dict(prompts=2, samples=4))
-_TURNS = dict(full=24, smoke=1)
+_RATES = dict(cispo=3e-4)  # of the others 1e-3
+_GROUPS = dict(full=dict(prompts=32, samples=8), smoke=dict(prompts=2, samples=4))
+_TURNS = dict(full=120, smoke=1)
 # Room behind a completion of 13 tokens: DAPO's penalty begins where three quarters of it are used.
 _SIZES = dict(new_tokens=22, row=36)
 _CHANGED = dict(
@@ -70,7 +69,8 @@ def get_config(arg: str = ''):
     for name in PRESETS:
       made = recipe(name, fresh, s, _GROUPS[a.size])
       steps = _TURNS[a.size] * updates_a_turn(made)
-      found[name] = Arm(made, steps, steps, _RATE / math.sqrt(updates_a_turn(made)))
+      rate = _RATES.get(name, 1e-3) / math.sqrt(updates_a_turn(made))
+      found[name] = Arm(made, steps, steps, rate)
     return found
 
   sampled = dict(sampled=base.strategy(temperature=1.0))
