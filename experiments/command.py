@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from experiments import runtime
 
@@ -46,6 +46,11 @@ def _say(error, code: int) -> int:
   return code
 
 
+def names_bfloat16(config: ConfigDict) -> bool:
+  """Whether anything in a config is of that type."""
+  return '"bfloat16"' in config.to_json_best_effort()
+
+
 def launch(action: Callable, *, several_hosts: bool = False):
   """action(config, workdir), with --config=FILE.py[:arg], --config.key=value and --workdir=DIR; several_hosts: and with
   --hosts.
@@ -68,7 +73,7 @@ def launch(action: Callable, *, several_hosts: bool = False):
     if len(argv) > 1:
       raise app.UsageError(f'unexpected arguments {argv[1:]}')
     show_progress_of_library()
-    runtime.prepare()
+    runtime.prepare(bfloat16=names_bfloat16(config.value))
     guarded(run)
 
   app.run(main)

@@ -11,6 +11,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import warnings
 
 ONEDNN = '--xla_cpu_experimental_onednn_custom_call=true'
 # For virtual devices; both are known since before JAX 0.10.
@@ -29,19 +30,23 @@ assert jnp.max(jnp.abs(product - exact)) <= 0.01 * jnp.max(jnp.abs(exact))
 """
 
 
-def prepare(cache_dir: str | os.PathLike | None = None):
-  """Faster bfloat16 products where the chip and JAX have them, and compiled programs kept from run to run.
+def prepare(cache_dir: str | os.PathLike | None = None, *, bfloat16: bool = False):
+  """Compiled programs kept from run to run, and faster gradients in bfloat16 where the chip and JAX have them.
 
   Args:
     cache_dir: where verdicts and compiled programs are kept; None takes $XDG_CACHE_HOME/srm_jax or ~/.cache/srm_jax.
       A folder that cannot be written costs time in later runs, nothing else.
+    bfloat16: whether a training may compute in it. The faster products are those of weight gradients; programs that
+      have them take longer to compile and cannot be kept, and in float32 they are no faster.
   """
   if 'JAX_PLATFORMS' not in os.environ and _tpu_compiler_only():
     os.environ['JAX_PLATFORMS'] = 'cpu'
   home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
   cache = pathlib.Path(cache_dir or pathlib.Path(home, 'srm_jax')).expanduser()
-  if not _set_already('xla_cpu_experimental_onednn_custom_call') and _worth_trying() and _accepted(ONEDNN, cache):
+  wanted = bfloat16 and not _set_already('xla_cpu_experimental_onednn_custom_call') and _worth_trying()
+  if wanted and _accepted(ONEDNN, cache):
     _add_flag(ONEDNN)
+    warnings.filterwarnings('ignore', 'Error writing persistent compilation cache entry .*bad_alloc')
   _keep_compiled_programs(cache / 'xla')
 
 

@@ -157,6 +157,8 @@ def launch():
   flags.mark_flags_as_required(['config', 'workdir'])
 
   def run():
+    said = command.names_bfloat16(cell_config(config.value, {}, 1)) or 'bfloat16' in ' '.join(settings.value)
+    runtime.prepare(bfloat16=said)
     failures = sweep(config.value, settings.value, seeds_text.value, compare.value, workdir.value)
     if failures:
       sys.exit(f'error: {failures} cells failed; the same command runs them again')
@@ -165,7 +167,6 @@ def launch():
     if len(argv) > 1:
       raise app.UsageError(f'unexpected arguments {argv[1:]}')
     command.show_progress_of_library()
-    runtime.prepare()
     command.guarded(run)
 
   app.run(main)

@@ -116,7 +116,7 @@ def measure(side: str) -> dict | str:
 
 def main(argv):
   del argv
-  runtime.prepare()
+  runtime.prepare(bfloat16=DTYPE.value == 'bfloat16')
   if SIDE.value:
     print(json.dumps(RUNS[SIDE.value]()))
     return

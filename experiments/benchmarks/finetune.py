@@ -117,7 +117,7 @@ PARTS = {'full': full, 'lora': lora, 'greedy': greedy}
 
 def main(argv):
   del argv
-  runtime.prepare()
+  runtime.prepare(bfloat16=DTYPE.value == 'bfloat16')
   if PART.value:
     first, second = PARTS[PART.value]()
     print(json.dumps({'seconds': second, 'compiling': first - second, 'peak': timing.peak_memory()}))

@@ -33,8 +33,8 @@ class Work:
   """One step: `samples` completions of `new_tokens` tokens to each of `prompts` prompts of `prompt_tokens` tokens.
 
   model: vocab_size, num_layers, embed_dim, num_heads, num_kv_heads, head_dim, mlp_dim. dtype: what is computed in.
-  weights: what TRL keeps weights in; with float32 and another dtype it computes by autocast. microbatches: parts that an
-  update takes one after the other, by ours and TRL. tokenizer: a folder in which ids are words, and end-of-text, which
+  weights: what TRL keeps weights in; with float32 and another dtype it computes by autocast. microbatches: parts of an
+  update that ours and TRL take one after the other. tokenizer: a folder in which ids are words, and end-of-text, which
   is padding too, is an id that the model does not have.
   """
 
@@ -321,9 +321,9 @@ def main():
   name, words = sys.argv[1:]
   told = os.fdopen(os.dup(1), 'w')
   os.dup2(2, 1)  # libraries print what they like
-  if name != 'trl':
-    runtime.prepare()
   work = Work(**json.loads(words))
+  if name != 'trl':
+    runtime.prepare(bfloat16=work.dtype == 'bfloat16')
   SIDES[name](work, Turns(work, sys.stdin, told))
 
 

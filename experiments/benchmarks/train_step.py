@@ -123,7 +123,7 @@ def compare(config: TransformerConfig, length: int, rounds: int) -> list[str]:
 
 def main(argv):
   del argv
-  runtime.prepare()
+  runtime.prepare(bfloat16='bfloat16' in DTYPES.value)
   shape, length = SHAPES[SHAPE.value]
   print(
       f'{num_params(shape) / 1e6:.2f} M parameters, batches of {ROWS.value} x {length}; '

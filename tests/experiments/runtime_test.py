@@ -5,8 +5,11 @@ import subprocess
 import sys
 
 import pytest
+from ml_collections import ConfigDict
 
-from experiments import runtime
+from configs import quickstart
+from configs.sft import arithmetic
+from experiments import command, runtime
 
 AMX = 'processor : 0\nflags : fpu amx_bf16 avx2\ncpu MHz : 2000\n'
 
@@ -44,9 +47,24 @@ def test_flag_is_tried_once_and_the_verdict_kept(monkeypatch, tmp_path, accepted
   monkeypatch.setattr(runtime, '_try', lambda flag: tried.append(flag) or accepted)
   for _ in range(2):
     monkeypatch.setenv('XLA_FLAGS', '')
-    runtime.prepare(tmp_path)
+    runtime.prepare(tmp_path, bfloat16=True)
     assert (runtime.ONEDNN in os.environ['XLA_FLAGS']) is accepted
   assert tried == [runtime.ONEDNN]
+
+
+def test_flag_is_for_trainings_in_bfloat16(monkeypatch, tmp_path):
+  monkeypatch.setattr(runtime, '_try', lambda flag: pytest.fail('tried'))
+  runtime.prepare(tmp_path)
+  assert os.environ['XLA_FLAGS'] == '--xla_cpu_enable_fast_math=false'
+
+
+def test_a_config_names_bfloat16_wherever_it_stands():
+  config = arithmetic.get_config('')
+  assert not command.names_bfloat16(config)
+  config.model.dtype = 'bfloat16'
+  assert command.names_bfloat16(config) and command.names_bfloat16(ConfigDict({'stages': {'sft': config}}))
+  assert not command.names_bfloat16(quickstart.get_config(''))
+  assert command.names_bfloat16(quickstart.get_config('dtype=bfloat16'))
 
 
 def test_verdict_belongs_to_one_chip_whatever_its_clock(monkeypatch, tmp_path):
@@ -54,7 +72,7 @@ def test_verdict_belongs_to_one_chip_whatever_its_clock(monkeypatch, tmp_path):
   monkeypatch.setattr(runtime, '_try', lambda flag: tried.append(flag) or False)
   for chip in (AMX, AMX.replace('2000', '3000'), AMX.replace('avx2', 'avx3')):
     monkeypatch.setattr(runtime, '_chip', lambda chip=chip: chip)
-    runtime.prepare(tmp_path)
+    runtime.prepare(tmp_path, bfloat16=True)
   assert len(tried) == 2
 
 
@@ -63,14 +81,14 @@ def test_flag_is_not_tried_where_it_does_not_help(monkeypatch, tmp_path, chip, v
   monkeypatch.setattr(runtime, '_chip', lambda: chip)
   monkeypatch.setattr(runtime.importlib.metadata, 'version', lambda name: version)
   monkeypatch.setattr(runtime, '_try', lambda flag: pytest.fail('tried'))
-  runtime.prepare(tmp_path)
+  runtime.prepare(tmp_path, bfloat16=True)
   assert os.environ['XLA_FLAGS'] == '--xla_cpu_enable_fast_math=false'
 
 
 def test_a_choice_of_the_user_stays(monkeypatch, tmp_path):
   monkeypatch.setenv('XLA_FLAGS', runtime.ONEDNN.replace('true', 'false'))
   monkeypatch.setattr(runtime, '_try', lambda flag: pytest.fail('tried'))
-  runtime.prepare(tmp_path)
+  runtime.prepare(tmp_path, bfloat16=True)
   assert os.environ['XLA_FLAGS'] == runtime.ONEDNN.replace('true', 'false')
   assert os.environ['JAX_COMPILATION_CACHE_DIR'] == str(tmp_path / 'compiled')
 
@@ -96,5 +114,5 @@ def test_folder_that_cannot_be_made_costs_only_time(monkeypatch, tmp_path):
   (tmp_path / 'file').touch()
   monkeypatch.setattr(runtime, '_try', lambda flag: True)
   monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
-  runtime.prepare(tmp_path / 'file' / 'cache')
+  runtime.prepare(tmp_path / 'file' / 'cache', bfloat16=True)
   assert runtime.ONEDNN in os.environ['XLA_FLAGS'] and 'JAX_COMPILATION_CACHE_DIR' not in os.environ
