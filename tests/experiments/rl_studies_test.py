@@ -247,12 +247,12 @@ def test_arms_of_estimators_are_the_presets_on_equal_samples():
     assert arm.recipe.updates == preset.updates and arm.recipe.kl.coef == preset.kl.coef
     assert arm.recipe.kl.reference == ('{base}' if preset.kl.coef else '')
     assert arm.recipe.data == arms['grpo'].recipe.data and arm.seed == arms['grpo'].seed
-    assert (arm.recipe.rollouts.prompts, arm.recipe.rollouts.samples) == (8, 8)
+    assert (arm.recipe.rollouts.prompts, arm.recipe.rollouts.samples) == (32, 8)
   assert config.stages.base == estimators_config.get_config('seed=4').stages.base  # one start for all seeds
   assert arms['grpo'].recipe.data.seed != estimators_config.get_config('seed=4').stages.grpo.config.recipe.data.seed
   turns = {arm.num_steps / estimators_config.updates_a_turn(arm.recipe) for arm in arms.values()}
   assert len(turns) == 1
-  assert arms['dapo'].recipe.rollouts.dynamic.prompts == 8 and arms['ppo'].num_steps == 8 * arms['grpo'].num_steps
+  assert arms['dapo'].recipe.rollouts.dynamic.prompts == 32 and arms['ppo'].num_steps == 8 * arms['grpo'].num_steps
 
 
 def test_the_new_studies_are_shown():
