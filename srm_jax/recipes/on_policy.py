@@ -44,7 +44,8 @@ class RolloutConfig:
 
   cut: whether completions that the length limit cut are learnt from, or carry no loss ('mask'; they are graded and
   belong to their group's baseline all the same). order: which problems come when. dynamic: None takes groups as they
-  come. patience: steps in a row without any two different rewards in a group after which the run stops; 0 never does.
+  come. patience: steps in a row without any two different rewards in a group (in a batch, where an advantage compares
+  none) after which a run that learns from rewards stops; 0 never does.
   """
 
   prompts: int
@@ -169,16 +170,27 @@ def informative(group: Sequence[Graded]) -> bool:
   return len({one.reward for one in group if one.reward is not None}) > 1
 
 
+def within_groups(groups: Sequence[Sequence[Graded]]) -> bool:
+  """Whether rewards differ within a group: what is learnt from comparing a prompt's completions."""
+  return any(informative(group) for group in groups)
+
+
+def within_batch(groups: Sequence[Sequence[Graded]]) -> bool:
+  """Whether rewards differ at all: what is learnt from each completion's own."""
+  return informative([one for group in groups for one in group])
+
+
 def source(
     config: RolloutConfig, data: DataConfig, context: Context, *, advantage: Callable | None,
-    rewards: Grading = Grading(grade), prompt_width: int = 0,
+    rewards: Grading = Grading(grade), prompt_width: int = 0, teaches: Callable[..., bool] | None = None,
 ) -> Source:
   """Rollouts as a pure function of (params, seed, step) and of the state: what is carried, and what an order learnt.
 
   Every host has all rows of a step, from one program on the devices of all of them, and the same grades, so that all
   decide alike; `sharding.own_rows` are those that it hands in.
 
-  prompt_width: slot at which all completions begin; 0 puts each right behind its prompt.
+  prompt_width: slot at which all completions begin; 0 puts each right behind its prompt. teaches: whether the rewards of
+  a step's groups can teach anything, for `patience`; None where rewards are not what is learnt.
   """
   rows, hosts = config.prompts * config.samples, jax.process_count()
   if rows % hosts:
@@ -222,7 +234,8 @@ def source(
       groups, drawn = fill(params)
     else:
       groups = drawn = draw(params, config.prompts, step)
-    _watch(now, groups, config.patience)
+    if teaches:
+      _watch(now, groups, config.patience, teaches)
     made = to_rollouts(
         groups, length=row_length(groups, config, prompt_width), pad_id=context.tokenizer.pad_id,
         prompt_width=prompt_width, advantage=advantage,
@@ -243,14 +256,15 @@ def source(
   return Source(next_rollouts, get_state, set_state)
 
 
-def _watch(now: dict, groups, patience: int):
+def _watch(now: dict, groups, patience: int, teaches):
   """Counts steps in a row that teach nothing, and stops a run that has had too many of them."""
-  now['still'] = 0 if any(informative(group) for group in groups) else now['still'] + 1
+  now['still'] = 0 if teaches(groups) else now['still'] + 1
   if patience and now['still'] >= patience:
     known = [one.reward for group in groups for one in group if one.reward is not None]
     seen = 'no completion could be scored'
     if known:
-      seen = f'all rewards of a group were alike (mean {np.mean(known):.3g})'
+      where = 'of a group ' if teaches is within_groups else ''
+      seen = f'all rewards {where}were alike (mean {np.mean(known):.3g})'
     raise schema.ConfigError(
         f'for {patience} steps in a row {seen}, so nothing was learnt; fix: problems of another difficulty '
         "(rollouts.order.name='pass_rates', rollouts.dynamic), more rollouts.samples, a higher rollouts.temperature, a "

@@ -256,6 +256,7 @@ def build(section, context: Context) -> Recipe:
   rewards, frozen = on_policy.open_rewards(config.rewards, config.data, context)
   drawn = on_policy.source(
       config.rollouts, config.data, context, advantage=None, rewards=rewards, prompt_width=groups.prompt_width,
+      teaches=on_policy.within_groups if config.advantage.name in ADVANTAGES else on_policy.within_batch,
   )
   if reference:  # in the reward it is asked by the source; here it is checked when a run is resumed
     frozen = {**frozen, 'reference': (reference.config, reference.params)}

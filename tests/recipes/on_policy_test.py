@@ -24,10 +24,10 @@ MODEL = TransformerConfig(258, 1, 16, 2, 2, 8, 32, max_length=64)
 CONTEXT = Context(MODEL, tokenizer.load('byte'), 1, 10)
 
 
-def make(context=CONTEXT, *, advantage=None, rollouts=None, **options):
+def make(context=CONTEXT, *, advantage=None, rollouts=None, teaches=on_policy.within_groups, **options):
   config = schema.parse(on_policy.RolloutConfig, tiny.rollouts(**(rollouts or {})), 'rollouts')
   data = schema.parse(DataConfig, tiny.data(**options), 'data')
-  return on_policy.source(config, data, context, advantage=advantage)
+  return on_policy.source(config, data, context, advantage=advantage, teaches=teaches)
 
 
 @pytest.fixture(scope='module')
@@ -247,6 +247,18 @@ def test_a_run_without_any_difference_stops_with_advice(fake):
   source = make(name='parity', rollouts=dict(patience=3))
   for step in range(8):
     source.next(never if step % 3 else always, step)
+  unrewarded = make(name='parity', rollouts=dict(patience=3), teaches=None)
+  for step in range(5):
+    unrewarded.next(never, step)
+  assert unrewarded.get_state()['still'] == 0
+
+
+def test_what_a_comparison_within_groups_or_in_the_batch_can_learn_from():
+  group = lambda *rewards: [Graded(None, None, reward) for reward in rewards]
+  alike, differing, unscorable = [group(1.0), group(1.0)], [group(0.0, 0.0), group(1.0, 1.0)], [group(None, 1.0)]
+  assert not any(map(on_policy.within_groups, (alike, differing, unscorable)))
+  assert on_policy.within_groups([group(1.0, 1.0), group(0.0, 1.0)])
+  assert [on_policy.within_batch(groups) for groups in (alike, differing, unscorable)] == [False, True, False]
 
 
 def test_rewards_of_a_section_are_summed_and_reported(fake):
