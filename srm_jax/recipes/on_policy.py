@@ -189,8 +189,8 @@ def source(
   Every host has all rows of a step, from one program on the devices of all of them, and the same grades, so that all
   decide alike; `sharding.own_rows` are those that it hands in.
 
-  prompt_width: slot at which all completions begin; 0 puts each right behind its prompt. teaches: whether the rewards of
-  a step's groups can teach anything, for `patience`; None where rewards are not what is learnt.
+  prompt_width: slot at which all completions begin; 0 puts each right behind its prompt.
+  teaches: whether the rewards of a step's groups can teach anything, for `patience`; None where they are not learnt.
   """
   rows, hosts = config.prompts * config.samples, jax.process_count()
   if rows % hosts:

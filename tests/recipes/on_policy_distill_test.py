@@ -155,6 +155,14 @@ def drawn(folder, student):
   return {'alternate': batches('alternate'), 'both': batches('both', x=policy(reward_weight=1.0))}
 
 
+@pytest.mark.parametrize('terms', [{}, {'x': policy(reward_weight=1.0)}])
+def test_a_teacher_teaches_where_rewards_are_all_alike(terms, folder, student):
+  """One sample a prompt is the quickstart's way: no two rewards of a group can differ."""
+  source = build(folder, rollouts=dict(samples=1, patience=2), **terms).source
+  for step in range(4):
+    source.next(student, step)
+
+
 @pytest.mark.parametrize('mix', on_policy_distill.MIXES)
 def test_a_batch_is_drawn_again_from_its_step_and_the_state(mix, folder, student, drawn):
   terms = {'x': policy(reward_weight=1.0)} if mix == 'both' else {}

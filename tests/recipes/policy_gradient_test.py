@@ -20,7 +20,7 @@ from srm_jax.losses.policy_gradient import SURROGATES
 from srm_jax.losses.reductions import REDUCTIONS
 from srm_jax.models import transformer
 from srm_jax.models.config import TransformerConfig
-from srm_jax.recipes import policy_gradient
+from srm_jax.recipes import on_policy, policy_gradient
 from srm_jax.recipes.context import Context
 from srm_jax.train import train
 from srm_jax.train_step import value_and_grad
@@ -364,6 +364,20 @@ def test_a_group_of_one_has_nothing_to_compare_with(name):
       base.policy_gradient(tiny.data('parity'), tiny.rollouts(samples=1), advantage=base.choice('returns_to_go')),
       CONTEXT,
   )
+
+
+@pytest.mark.parametrize('name, teaches', [
+    ('group_relative', on_policy.within_groups), ('leave_one_out', on_policy.within_groups),
+    ('returns_to_go', on_policy.within_batch), ('gae', on_policy.within_batch),
+])
+def test_patience_watches_what_the_advantage_compares(monkeypatch, name, teaches):
+  asked, source = [], on_policy.source
+  monkeypatch.setattr(on_policy, 'source', lambda *args, **options: asked.append(options) or source(*args, **options))
+  critic = dict(coef=0.1, clip=None) if name == 'gae' else None
+  policy_gradient.build(
+      base.policy_gradient(tiny.data('parity'), tiny.rollouts(), advantage=base.choice(name), critic=critic), CONTEXT
+  )
+  assert asked[0]['teaches'] is teaches
 
 
 @pytest.mark.parametrize('place, estimator', [('loss', 'k3'), ('reward', 'k1')])
