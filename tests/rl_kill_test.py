@@ -1,4 +1,4 @@
-"""Runs that sample are killed at a random moment, begun again by the same command, and end in the bits of a quiet
+"""Runs that sample are killed at random moments, begun again by the same command, and end in the bits of an undisturbed
 one: plain groups, carried groups and several epochs over a batch, with problems by pass rate and by level.
 
 As a script: python -m tests.rl_kill_test NAME WORKDIR
@@ -17,7 +17,7 @@ from tests import tiny
 from tests.processes import kill_at, start
 from tests.tiny import one_device, tiny_tasks  # noqa: F401
 
-STEPS = 12
+STEPS = 16
 SOURCES = {
     'plain groups': {},
     'carried groups, by pass rate': dict(rollouts=dict(
@@ -48,9 +48,9 @@ def test_a_killed_run_continues_to_the_same_bits(name, tmp_path):
   seed = random.SystemRandom().randrange(1 << 30)
   draws = random.Random(seed)
   whole, torn = train(config(name), tmp_path / 'whole'), tmp_path / 'torn'
-  run = start(['-m', 'tests.rl_kill_test', name, '{workdir}'], torn)
-  kill_at(run, torn, draws.randrange(3, STEPS - 4), later=draws.uniform(0, 0.05))
-  assert metrics.read(torn)[-1]['step'] < STEPS, seed
+  for step in sorted(draws.sample(range(3, STEPS - 4), 2)):
+    kill_at(start(['-m', 'tests.rl_kill_test', name, '{workdir}'], torn), torn, step, later=draws.uniform(0, 0.05))
+    assert metrics.read(torn)[-1]['step'] < STEPS, seed
   again = train(config(name), torn)
   assert checkpoints.fingerprint(again.params) == checkpoints.fingerprint(whole.params), seed
   np.testing.assert_equal(history(again), history(whole), err_msg=f'seed {seed}')

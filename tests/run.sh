@@ -8,9 +8,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # Chromium of Debian's packages, where this user may install it. Without a browser its tests are skipped.
 install_browser() {
-  if type -P chromium google-chrome >/dev/null || ! type -P apt-get >/dev/null || [ "$(id -u)" != 0 ]; then
-    return
-  fi
+  if type -P chromium >/dev/null || type -P google-chrome >/dev/null; then return; fi
+  if ! type -P apt-get >/dev/null || [ "$(id -u)" != 0 ]; then return; fi
   say 'installing chromium, for the tests of HTML pages'
   local get=(timeout 300 apt-get -o DPkg::Lock::Timeout=60)
   if ! { "${get[@]}" update && DEBIAN_FRONTEND=noninteractive "${get[@]}" install -y --no-install-recommends chromium; } \

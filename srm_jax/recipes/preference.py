@@ -218,8 +218,7 @@ def _sampled(config: PreferenceConfig, context: Context, loss: Bound) -> Source:
         f'rollouts.samples={samples}, rollouts.prompts={prompts}; fix: at least two samples, of which one is better'
         f'{", and for the baseline of kto two prompts" if loss.unpaired else ""}'
     )
-  teaches = on_policy.within_batch if loss.unpaired else on_policy.within_groups
-  inner = on_policy.source(config.rollouts, config.data, context, advantage=None, teaches=teaches)
+  inner = on_policy.source(config.rollouts, config.data, context, advantage=None, teaches=on_policy.within_groups)
 
   def next_pairs(params, step: int) -> Pairs:
     rollouts = inner.next(params, step)
