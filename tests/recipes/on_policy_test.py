@@ -13,7 +13,7 @@ from srm_jax import schema
 from srm_jax.data import tokenizer
 from srm_jax.models import transformer
 from srm_jax.models.config import TransformerConfig
-from srm_jax.recipes import on_policy
+from srm_jax.recipes import on_policy, preference
 from srm_jax.recipes.context import Context, DataConfig, load_problems
 from srm_jax.rewards import Graded
 from srm_jax.types import Completion
@@ -259,6 +259,23 @@ def test_what_a_comparison_within_groups_or_in_the_batch_can_learn_from():
   assert not any(map(on_policy.within_groups, (alike, differing, unscorable)))
   assert on_policy.within_groups([group(1.0, 1.0), group(0.0, 1.0)])
   assert [on_policy.within_batch(groups) for groups in (alike, differing, unscorable)] == [False, True, False]
+
+
+@pytest.mark.parametrize('loss', ['dpo', 'kto'])
+def test_pairs_of_rollouts_need_a_difference_within_a_group(fake, monkeypatch, tmp_path, loss):
+  """Differences between groups make no pair, for kto neither."""
+  drawn, folder = on_policy.rollout, tiny.write_model(tmp_path, MODEL)
+
+  def alike_within(*args, **options):
+    groups = drawn(*args, **options)
+    return [[one._replace(reward=float(place)) for one in group] for place, group in enumerate(groups)]
+
+  monkeypatch.setattr(on_policy, 'rollout', alike_within)
+  section = base.preference(tiny.data('parity'), loss=loss, reference=folder, rollouts=tiny.rollouts(patience=2))
+  source = preference.build(section, CONTEXT).source
+  assert not source.next(always, 0).weights.any()
+  with pytest.raises(schema.ConfigError, match='for 2 steps in a row all rewards of a group were alike'):
+    source.next(always, 1)
 
 
 def test_rewards_of_a_section_are_summed_and_reported(fake):

@@ -18,7 +18,7 @@ from srm_jax.data import records, tokenizer
 from srm_jax.losses.preference import PREFERENCES, REFERENCED
 from srm_jax.models import transformer
 from srm_jax.models.config import TransformerConfig
-from srm_jax.recipes import abstract, on_policy, preference
+from srm_jax.recipes import abstract, preference
 from srm_jax.recipes.context import Context
 from srm_jax.train import describe, sampled_share, train
 from srm_jax.train_step import value_and_grad
@@ -227,24 +227,6 @@ def test_a_group_without_difference_teaches_nothing(folders, params):
   batch = recipe.source.next(params, 0)
   value, gradient, _ = run_objective(recipe, params, batch._replace(weights=np.zeros(4, np.float32)))
   assert value == 0 and optax.tree.norm(gradient) == 0
-
-
-@pytest.mark.parametrize('loss', ['dpo', 'kto'])
-def test_groups_without_difference_try_the_patience(folders, params, monkeypatch, loss):
-  """Differences between groups make no pair, for kto neither."""
-  graded_apart = on_policy.rollout
-
-  def alike_within(*args, **options):
-    groups = graded_apart(*args, **options)
-    return [[one._replace(reward=float(place)) for one in group] for place, group in enumerate(groups)]
-
-  monkeypatch.setattr(on_policy, 'rollout', alike_within)
-  config = section(folders, loss, online=True)
-  config.rollouts.patience = 2
-  source = preference.build(config, CONTEXT).source
-  assert not source.next(params, 0).weights.any()
-  with pytest.raises(schema.ConfigError, match='for 2 steps in a row all rewards of a group were alike'):
-    source.next(params, 1)
 
 
 # Learning.
